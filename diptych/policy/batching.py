@@ -1,0 +1,126 @@
+"""What goes into the next step: continuous batching with one rule, "catch up on your tokens".
+
+Decodes first (a running answer waits for nobody), then prompts, oldest first, cut to the worker's token budget: a
+`chunk` of tokens where it has one, whole prompts where it has not, and with an inter-token budget as many as the
+step-time model says will fit. A decode that needs a block when none is left takes it from the youngest sequence,
+which computes its KV again later (preemption by recompute).
+
+Not responsible for admission (`worker.py`): whoever is in `running` has memory for every token known so far.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from diptych.policy.blocks import BlockPool
+from diptych.policy.messages import Role, Slice
+from diptych.policy.pace import StepTimes
+from diptych.policy.sequence import Sequence
+
+WHOLE_PROMPTS = 8192  # tokens of further whole prompts that may join the first one in a step
+MIN_CHUNK = 16  # a prompt always gets on by this much, whatever the inter-token budget says
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerSpec:
+    """What a worker's policy knows of its worker. Role is a value here, never a subclass.
+
+    chunk: most new tokens in a step, None for whole prompts. itl_budget_s: predicted duration a step with decodes in
+    it should not exceed. depth: steps planned before the last is back. lease_s: how long a prefill side keeps KV
+    nobody asks for.
+    """
+
+    name: str
+    role: Role
+    num_blocks: int
+    block_size: int = 16
+    chunk: int | None = 512
+    max_batch: int = 256
+    itl_budget_s: float | None = None
+    lease_s: float = 30.0
+    depth: int = 1
+
+
+def compose(
+    running: list[Sequence],
+    pool: BlockPool,
+    spec: WorkerSpec,
+    times: StepTimes,
+    make_room: Callable[[Sequence], bool],
+) -> list[Slice]:
+    """The slices of the next step. `running` is sorted by age; `make_room(seq)` frees a block for it or says no."""
+    slices, context = _decodes(running, pool, make_room)
+    budget = _prompt_budget(spec, times, len(slices), context)
+    num_prompts = 0
+    for seq in running:
+        if budget <= 0:
+            break
+        if not seq.wants or seq.behind < 1 or seq.decodes:
+            continue
+        count = min(seq.behind, budget)
+        if spec.chunk is None and count < seq.behind:
+            if num_prompts:
+                break  # does not fit beside the prompts already in; on its own it goes whole
+            count = seq.behind
+        slices.append(seq.plan(count))
+        budget -= count
+        num_prompts += 1
+    return slices
+
+
+def repeats(slices: tuple[Slice, ...], seqs: dict[int, Sequence], running: list[Sequence], pool: BlockPool) -> int:
+    """How many times a step may be taken in a row before any decision in it could change.
+
+    More than one only where every running sequence decodes: until one of them ends, or the blocks they
+    grow into run out.
+    """
+    members = [seqs[s.rid] for s in slices]
+    num_active = sum(seq.wants or seq.inflight > 0 for seq in running)
+    if num_active != len(members) or any(s.count != 1 or not s.sample for s in slices):
+        return 1
+    limit = 1 + min(seq.target - seq.num_tokens for seq in members)
+
+    def fits(count: int) -> bool:
+        return sum(len(crossings(seq, count, pool.block_size)) for seq in members) <= pool.num_available
+
+    if fits(limit):
+        return limit
+    low, high = 1, limit  # fits(low), not fits(high)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+def crossings(seq: Sequence, count: int, block_size: int) -> range:
+    """At which of `count` repetitions (the step as planned is number 0) a decode grows into a new block."""
+    first = len(seq.blocks) * block_size - seq.num_computed + 1
+    return range(first, count, block_size)
+
+
+def _decodes(
+    running: list[Sequence], pool: BlockPool, make_room: Callable[[Sequence], bool]
+) -> tuple[list[Slice], int]:
+    """One token for each sequence that only lacks its last one; also the context they read.
+
+    Making room restarts younger sequences, which come later in the list and then decode no more.
+    """
+    slices = []
+    context = 0
+    for seq in list(running):
+        if not seq.wants or not seq.decodes:
+            continue
+        if seq.num_computed == len(seq.blocks) * pool.block_size:
+            if pool.num_available == 0 and not make_room(seq):
+                continue
+            seq.blocks += pool.take(1)
+        context += seq.num_tokens
+        slices.append(seq.plan(1))
+    return slices, context
+
+
+def _prompt_budget(spec: WorkerSpec, times: StepTimes, num_decodes: int, context: int) -> int:
+    """New prompt tokens that may join `num_decodes` decodes reading `context` tokens."""
+    budget = WHOLE_PROMPTS if spec.chunk is None else max(spec.chunk - num_decodes, min(MIN_CHUNK, spec.chunk))
+    if spec.itl_budget_s is not None and num_decodes:
+        budget = min(budget, max(times.room(spec.itl_budget_s, num_decodes, context), MIN_CHUNK))
+    return budget
