@@ -1,0 +1,286 @@
+"""One codec for events and orders: what goes over the wire and what is kept of a run are the same bytes.
+
+A message is a msgpack array `[code, field, field, ...]`; the code picks a typed decoder, so that what arrives is
+checked against the dataclass it claims to be before anybody sees it. A frame is a list of (message, attachment) pairs:
+the attachment is what policy must not see (token ids, checksums, sampling parameters).
+
+A journal is one file (in segments) per policy object and incarnation: a header with the object's spec, then for every
+event the time, the event and the orders it led to. It is written by a thread through a bounded buffer; what did not fit
+is counted, and says that the journal cannot be replayed. Not responsible for replaying (`sim/replay.py`).
+"""
+
+import struct
+import threading
+from collections import deque
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import msgspec
+
+from diptych.errors import ConfigError, ProtocolError
+from diptych.policy import messages
+from diptych.policy.batching import WorkerSpec
+from diptych.policy.messages import Message
+from diptych.policy.router import RouterSpec
+
+MAX_FRAME_BYTES = 64 << 20
+MAX_CODE = 0x7F
+_LENGTHS = struct.Struct("<II")
+_LENGTH = struct.Struct("<I")
+
+_POLICY_TYPES: tuple[type, ...] = (
+    messages.Submitted,
+    messages.Cancelled,
+    messages.WorkerUp,
+    messages.WorkerLost,
+    messages.Progress,
+    messages.Failed,
+    messages.LinkMeasured,
+    messages.Place,
+    messages.Cancel,
+    messages.Reject,
+    messages.Run,
+    messages.StepDone,
+    messages.Offer,
+    messages.Publish,
+    messages.Done,
+    messages.Answer,
+    messages.Revoke,
+    messages.Drop,
+    messages.Beat,
+    messages.PeerLost,
+    messages.Pull,
+    messages.CancelPull,
+    messages.Read,
+    messages.ReadFailed,
+    messages.Settled,
+    messages.Emit,
+    messages.Finish,
+    messages.Tick,
+)
+"""In the order of their codes: append only."""
+
+
+class Codec:
+    """Messages to bytes and back, for a fixed list of dataclasses. `first_code` numbers the first of them."""
+
+    def __init__(self, types: Iterable[type], first_code: int = 0):
+        self._encoder = msgspec.msgpack.Encoder()
+        self._code: dict[type, tuple[int, tuple[str, ...]]] = {}
+        self._decode: dict[int, tuple[type, Any]] = {}
+        for code, kind in enumerate(types, first_code):
+            names = tuple(field.name for field in fields(kind))
+            hints = get_type_hints(kind)
+            shape: Any = tuple.__class_getitem__((int, *(hints[name] for name in names)))
+            self._code[kind] = (code, names)
+            self._decode[code] = (kind, msgspec.msgpack.Decoder(shape))
+
+    def including(self, other: "Codec") -> "Codec":
+        """A codec for the messages of both."""
+        both = Codec(())
+        both._code = self._code | other._code
+        both._decode = self._decode | other._decode
+        return both
+
+    def encode(self, message: Any) -> bytes:
+        """The bytes of one message."""
+        code, names = self._code[type(message)]
+        return self._encoder.encode((code, *[getattr(message, name) for name in names]))
+
+    def decode(self, data: bytes | memoryview) -> Any:
+        """The message these bytes are; raises ProtocolError for anything else."""
+        kind, decoder = self._kind_of(data)
+        try:
+            values = decoder.decode(data)
+        except msgspec.MsgspecError as error:
+            raise ProtocolError(f"malformed {kind.__name__}: {error}") from None
+        return kind(*values[1:])
+
+    def _kind_of(self, data: bytes | memoryview) -> tuple[type, Any]:
+        """The array's first element, read without decoding the rest: its header is one byte below 16 fields."""
+        if len(data) < 2 or data[0] & 0xF0 != 0x90 or data[1] > MAX_CODE or data[1] not in self._decode:
+            raise ProtocolError(f"not a message: {bytes(data[:8]).hex()}")
+        return self._decode[data[1]]
+
+
+POLICY = Codec(_POLICY_TYPES)
+
+
+def frame(entries: Iterable[tuple[bytes, bytes]]) -> bytes:
+    """One frame for the wire: its length, then (message, attachment) pairs, each with both lengths."""
+    parts = [b""]
+    for message, attachment in entries:
+        parts += (_LENGTHS.pack(len(message), len(attachment)), message, attachment)
+    body = b"".join(parts)
+    return _LENGTH.pack(len(body)) + body
+
+
+def entries(body: bytes) -> Iterator[tuple[memoryview, memoryview]]:
+    """The pairs of a frame's body; raises ProtocolError if the lengths do not add up."""
+    view = memoryview(body)
+    at = 0
+    while at < len(view):
+        if at + 8 > len(view):
+            raise ProtocolError("a frame ends inside a header")
+        num_message, num_attachment = _LENGTHS.unpack_from(view, at)
+        at += 8
+        if at + num_message + num_attachment > len(view):
+            raise ProtocolError("a frame ends inside a message")
+        yield view[at : at + num_message], view[at + num_message : at + num_message + num_attachment]
+        at += num_message + num_attachment
+
+
+# --- the record ------------------------------------------------------------------------------------------------
+
+MAGIC = b"diptych journal 1\n"
+SEGMENT_BYTES = 64 << 20
+BUFFER_BYTES = 32 << 20
+SUFFIX = ".journal"
+
+
+class Header(msgspec.Struct, frozen=True):
+    """What a journal is of. Exactly one of the two specs is set."""
+
+    object: str
+    incarnation: int
+    segment: int
+    router: RouterSpec | None = None
+    worker: WorkerSpec | None = None
+
+
+class Entry(msgspec.Struct, frozen=True, array_like=True):
+    """One event and what was ordered; `event` None says that `num_lost` events are missing here."""
+
+    now: float
+    event: msgspec.Raw | None
+    orders: list[msgspec.Raw]
+    num_lost: int = 0
+
+
+class Journal:
+    """Writes one object's journal into a folder. `record` only encodes and appends to a buffer."""
+
+    def __init__(self, folder: Path, name: str, incarnation: int, spec: RouterSpec | WorkerSpec):
+        folder.mkdir(parents=True, exist_ok=True)
+        self.num_lost = 0
+        self._folder = folder
+        self._header = Header(
+            name,
+            incarnation,
+            0,
+            spec if isinstance(spec, RouterSpec) else None,
+            spec if isinstance(spec, WorkerSpec) else None,
+        )
+        self._encoder = msgspec.msgpack.Encoder()
+        self._buffer: deque[bytes] = deque()
+        self._num_in = 0  # bytes put into the buffer, by whoever records
+        self._num_out = 0  # bytes taken out, by the thread
+        self._owed = 0  # events lost since the last one that was kept
+        self._stop = threading.Event()
+        self._file = self._open()
+        self._thread = threading.Thread(target=self._write, name="journal", daemon=True)
+        self._thread.start()
+
+    def record(self, now: float, event: Message, orders: Iterable[Message]) -> None:
+        """Keep one event and its orders."""
+        if self._num_in - self._num_out > BUFFER_BYTES:
+            self.num_lost += 1
+            self._owed += 1
+            return
+        if self._owed:
+            self._append(Entry(now, None, [], self._owed))
+            self._owed = 0
+        raw = [msgspec.Raw(POLICY.encode(order)) for order in orders]
+        self._append(Entry(now, msgspec.Raw(POLICY.encode(event)), raw))
+
+    def close(self) -> None:
+        """Write what is buffered and stop."""
+        self._stop.set()
+        self._thread.join()
+        self._file.close()
+
+    def _append(self, entry: Entry) -> None:
+        data = self._encoder.encode(entry)
+        self._buffer.append(_LENGTH.pack(len(data)) + data)
+        self._num_in += len(data) + 4
+
+    def _open(self) -> Any:
+        name = f"{self._header.object}.{self._header.incarnation}.{self._header.segment}{SUFFIX}"
+        file = (self._folder / name).open("wb")
+        header = self._encoder.encode(self._header)
+        file.write(MAGIC + _LENGTH.pack(len(header)) + header)
+        return file
+
+    def _write(self) -> None:
+        while True:
+            stopping = self._stop.wait(0.2)
+            data = b"".join([self._buffer.popleft() for _ in range(len(self._buffer))])
+            self._num_out += len(data)
+            if data:
+                self._file.write(data)
+                self._file.flush()
+            if self._file.tell() > SEGMENT_BYTES:
+                self._file.close()
+                self._header = msgspec.structs.replace(self._header, segment=self._header.segment + 1)
+                self._file = self._open()
+            if stopping:
+                return
+
+
+@dataclass(frozen=True, slots=True)
+class Recording:
+    """A journal read back: all segments of one object's incarnation, in order."""
+
+    header: Header
+    segments: tuple[Path, ...]
+
+    def __iter__(self) -> Iterator[tuple[float, Message, list[Message]]]:
+        """(now, event, orders) in the order they happened; raises ConfigError where events are missing."""
+        decoder = msgspec.msgpack.Decoder(Entry)
+        for segment in self.segments:
+            for data in _records(segment):
+                entry = decoder.decode(data)
+                if entry.event is None:
+                    raise ConfigError(f"{segment}: {entry.num_lost} events were lost here; it cannot be replayed")
+                yield entry.now, POLICY.decode(bytes(entry.event)), [POLICY.decode(bytes(o)) for o in entry.orders]
+
+
+def read_journals(path: Path) -> list[Recording]:
+    """Every object's journal in a folder (or the one object's, of a single file)."""
+    files = [path] if path.is_file() else sorted(path.glob(f"*{SUFFIX}"))
+    if not files:
+        raise ConfigError(f"{path}: no journal here (a folder of *{SUFFIX} files, as `serve --journal` writes)")
+    found: dict[tuple[str, int], list[tuple[Header, Path]]] = {}
+    for file in files:
+        header = _header(file)
+        found.setdefault((header.object, header.incarnation), []).append((header, file))
+    recordings = []
+    for parts in found.values():
+        parts.sort(key=lambda part: part[0].segment)
+        if parts[0][0].segment != 0 and path.is_dir():
+            raise ConfigError(f"{parts[0][1]}: the first segment is missing; it cannot be replayed")
+        recordings.append(Recording(parts[0][0], tuple(file for _, file in parts)))
+    return recordings
+
+
+def _header(path: Path) -> Header:
+    with path.open("rb") as file:
+        if file.read(len(MAGIC)) != MAGIC:
+            raise ConfigError(f"{path}: not a Diptych journal")
+        (size,) = _LENGTH.unpack(file.read(4))
+        return msgspec.msgpack.decode(file.read(size), type=Header)
+
+
+def _records(path: Path) -> Iterator[bytes]:
+    """The raw records of a segment; a torn last one (the process was killed) is left out."""
+    data = path.read_bytes()
+    (size,) = _LENGTH.unpack_from(data, len(MAGIC))
+    at = len(MAGIC) + 4 + size
+    while at + 4 <= len(data):
+        (size,) = _LENGTH.unpack_from(data, at)
+        if at + 4 + size > len(data):
+            return
+        yield data[at + 4 : at + 4 + size]
+        at += 4 + size

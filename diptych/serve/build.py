@@ -1,0 +1,83 @@
+"""From configuration to a worker's parts: pool, executor, policy, and the card of the model it serves.
+
+torch is imported here, and only where the engine is torch. Not responsible for processes or sockets.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from diptych.config import DEMO, Cluster, WorkerConfig
+from diptych.engine.executor import Executor
+from diptych.engine.layouts import kv_layout
+from diptych.engine.paced import PacedExecutor, paced_layout
+from diptych.errors import ConfigError
+from diptych.modelfacts import read_facts
+from diptych.policy.hashes import root
+from diptych.policy.worker import Worker
+from diptych.serve.wire import Model
+from diptych.transfer.layout import Layout
+from diptych.transfer.pool import Pool
+
+PACED_POSITIONS = 1 << 18  # a paced model has no context limit of its own; this is 256k tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """Everything a worker's driver is made of."""
+
+    policy: Worker
+    executor: Executor
+    pool: Pool
+    model: Model
+    root: bytes  # parent of a sequence's first block hash
+
+
+def layout_of(cluster: Cluster, worker: WorkerConfig) -> Layout:
+    """The layout of a worker's KV pool."""
+    if cluster.engine == "paced":
+        return paced_layout(cluster.paced, worker.block_size)
+    return kv_layout(read_facts(cluster.folder), worker.dtype, worker.block_size)
+
+
+def num_blocks_of(layout: Layout, worker: WorkerConfig) -> int:
+    """How many blocks a worker's KV memory holds; ConfigError where that is none."""
+    num_blocks = worker.kv_bytes // layout.block_bytes
+    if num_blocks < 1:
+        raise ConfigError(
+            f"kv_memory of {worker.kv_bytes} bytes is less than one block of {layout.block_bytes}; give worker "
+            f"{worker.name} more"
+        )
+    return num_blocks
+
+
+def build(cluster: Cluster, worker: WorkerConfig) -> Parts:
+    """Make a worker's parts; loads the model."""
+    layout = layout_of(cluster, worker)
+    num_blocks = num_blocks_of(layout, worker)
+    model = card(cluster, layout, num_blocks)
+    pool = Pool(layout, num_blocks)
+    policy = Worker(worker.spec(num_blocks))
+    return Parts(policy, _executor(cluster, worker, pool), pool, model, root(model.fingerprint, model.layout, ""))
+
+
+def card(cluster: Cluster, layout: Layout, num_blocks: int) -> Model:
+    """What the API must know: limits, stop tokens, and what salts block hashes."""
+    name = "diptych-demo" if cluster.folder == str(DEMO) else Path(cluster.model).name or cluster.model
+    limit = num_blocks * layout.block_size
+    if cluster.engine == "paced":
+        tokens = min(limit, PACED_POSITIONS)
+        return Model(name, tokens, cluster.paced.vocab, layout.block_size, (), layout.model, layout.fingerprint())
+    facts = read_facts(cluster.folder)
+    tokens = min(limit, facts.max_positions)
+    return Model(
+        name, tokens, facts.vocab, layout.block_size, facts.eos_ids, facts.fingerprint, layout.fingerprint()
+    )
+
+
+def _executor(cluster: Cluster, worker: WorkerConfig, pool: Pool) -> Executor:
+    if cluster.engine == "paced":
+        return PacedExecutor(cluster.paced, pool)
+    from diptych.engine.adapter import load
+    from diptych.engine.torch_executor import TorchExecutor
+
+    return TorchExecutor(load(cluster.folder, worker.dtype), pool, num_threads=max(len(worker.cores), 1))

@@ -1,0 +1,165 @@
+"""The live driver of `policy/router.py`: hands it events, and does what it orders through two ports.
+
+Keeps what policy must not see: prompts, sampling parameters and every token written so far, so that a request whose
+worker is lost goes on elsewhere where it stopped. The same class runs in the router process (`router_process.py`) and
+in one process (`local.py`). Not responsible for any decision, for HTTP or for sockets.
+"""
+
+from array import array
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from diptych.engine.executor import Sampling
+from diptych.journal import Journal
+from diptych.policy.messages import (
+    Cancel,
+    Cancelled,
+    Emit,
+    Failed,
+    Finish,
+    Place,
+    Progress,
+    Reason,
+    Reject,
+    RouterEvent,
+    RouterOrder,
+    Submitted,
+    WorkerLost,
+    WorkerUp,
+    request_of,
+)
+from diptych.policy.router import Router
+from diptych.serve.wire import Deliver, Ticket, pack
+
+_GAVE_UP = (Reason.PEER_LOST, Reason.REFUSED, Reason.WORKER_LOST)
+
+
+class Ports(Protocol):
+    """What the router's driver asks of the world around it. No call waits."""
+
+    def send(self, worker: str, order: Place | Cancel, attachment: bytes) -> None:
+        """Send to a worker."""
+
+    def deliver(self, client: Any, message: Deliver, attachment: bytes) -> None:
+        """Send tokens, or the end of an answer, to whoever submitted the request."""
+
+
+@dataclass(slots=True)
+class Open:
+    """A request in flight: whose it is, its tokens, and its present attempt."""
+
+    client: Any
+    tokens: "array[int]"  # prompt, then what was written
+    num_prompt: int
+    sampling: Sampling
+    rid: int = -1
+    began: bool = False  # the present attempt has written a token
+
+    @property
+    def num_written(self) -> int:
+        """Tokens of the answer that the client was sent."""
+        return len(self.tokens) - self.num_prompt
+
+
+class RouterDriver:
+    """Drives one policy object. All calls come from one thread."""
+
+    def __init__(self, policy: Router, ports: Ports, clock: Callable[[], float], journal: Journal | None):
+        self.policy = policy
+        self.last_token = clock()  # when something last moved
+        self.num_broken = 0  # streams that a worker tried to continue at the wrong place; must stay 0
+        self._ports = ports
+        self._clock = clock
+        self._journal = journal
+        self._open: dict[int, Open] = {}
+
+    @property
+    def num_open(self) -> int:
+        """Requests in flight."""
+        return len(self._open)
+
+    def submit(self, client: Any, event: Submitted, ticket: Ticket) -> None:
+        """A client hands a request in. Its number must be new."""
+        if not self._open:
+            self.last_token = self._clock()
+        tokens = array("i")
+        tokens.frombytes(ticket.tokens)
+        self._open[event.request] = Open(client, tokens, ticket.num_prompt, ticket.sampling)
+        self._decide(event)
+
+    def cancel(self, request: int) -> None:
+        """The client does not want it any more; nothing further is delivered."""
+        if self._open.pop(request, None) is not None:
+            self._decide(Cancelled(request))
+
+    def drop_client(self, client: Any) -> None:
+        """A client is gone: cancel all it has open."""
+        for request in [number for number, open_ in self._open.items() if open_.client is client]:
+            self.cancel(request)
+
+    def worker_up(self, event: WorkerUp) -> None:
+        """A worker is ready for work."""
+        self._decide(event)
+
+    def worker_lost(self, worker: str) -> None:
+        """A worker is gone."""
+        emitted = tuple((open_.rid, open_.num_written) for open_ in self._open.values() if open_.rid >= 0)
+        self._decide(WorkerLost(worker, emitted))
+
+    def heard(self, worker: str, message: Emit | Finish, ids: bytes | memoryview) -> None:
+        """A worker speaks of an attempt; of attempts that are not the present one nothing is believed any more."""
+        request = request_of(message.rid)
+        open_ = self._open.get(request)
+        if open_ is None or open_.rid != message.rid:
+            # Cancelled here already, or an old attempt; policy keeps its own books of Finish.
+            return
+        if isinstance(message, Emit):
+            self._emitted(worker, request, open_, message, ids)
+        else:
+            self._finished(worker, request, open_, message)
+
+    def _emitted(self, worker: str, request: int, open_: Open, message: Emit, ids: bytes | memoryview) -> None:
+        if message.first != open_.num_written or len(ids) != 4 * message.count:
+            self.num_broken += 1
+            self._decide(Failed(message.rid, worker, open_.num_written, Reason.REFUSED))
+            return
+        self.last_token = self._clock()
+        open_.tokens.frombytes(bytes(ids))
+        self._ports.deliver(open_.client, Deliver(request), bytes(ids))
+        if not open_.began:
+            open_.began = True
+            self._decide(Progress(message.rid))
+
+    def _finished(self, worker: str, request: int, open_: Open, message: Finish) -> None:
+        if message.reason in _GAVE_UP:
+            self._decide(Failed(message.rid, worker, open_.num_written, message.reason))
+            return
+        if message.reason in (Reason.STOP, Reason.LENGTH):
+            del self._open[request]
+            self.last_token = self._clock()
+            self._ports.deliver(open_.client, Deliver(request, str(message.reason)), b"")
+        self._decide(message)
+
+    def _decide(self, event: RouterEvent) -> None:
+        now = self._clock()
+        orders = self.policy.on(now, event)
+        if self._journal is not None:
+            self._journal.record(now, event, orders)
+        for order in orders:
+            self._do(order)
+
+    def _do(self, order: RouterOrder) -> None:
+        match order:
+            case Place():
+                open_ = self._open[request_of(order.rid)]
+                open_.rid, open_.began = order.rid, False
+                self._ports.send(
+                    order.worker, order, pack(Ticket(open_.tokens.tobytes(), open_.num_prompt, open_.sampling))
+                )
+            case Cancel():
+                self._ports.send(order.worker, order, b"")
+            case Reject(request=request, status=status, why=why):
+                open_ = self._open.pop(request)
+                self._ports.deliver(open_.client, Deliver(request, "", status, why), b"")
+

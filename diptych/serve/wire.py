@@ -1,0 +1,173 @@
+"""What the processes of a cluster say to each other beside the policy's own messages, and the codec for all of it.
+
+Attachments carry what policy must not see: a `Ticket` goes with every `Place`, token ids with `Emit` and `Deliver`,
+checksums (and the first token) with `Publish`. Not responsible for sockets (`channel.py`).
+"""
+
+from array import array
+from dataclasses import dataclass
+
+import msgspec
+
+from diptych import journal
+from diptych.engine.executor import Sampling
+from diptych.errors import ProtocolError
+
+
+@dataclass(frozen=True, slots=True)
+class Hello:
+    """First word on every connection: who is calling, and the cluster's key."""
+
+    kind: str  # "worker", "api", "peer" or "probe"
+    name: str
+    incarnation: int
+    key: str
+
+
+@dataclass(frozen=True, slots=True)
+class Welcome:
+    """The answer to a Hello that was accepted."""
+
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class Register:
+    """A worker tells the router what it is. `address` is where peers call it; `transport` how its blocks are read."""
+
+    worker: str
+    incarnation: int
+    pid: int
+    role: str
+    num_blocks: int
+    block_size: int
+    address: str
+    transport: bytes
+    model: bytes  # a `Model`, msgpack
+
+
+@dataclass(frozen=True, slots=True)
+class Meet:
+    """The router to a new worker: connect to these (address, transport description), then say Ready."""
+
+    peers: tuple[tuple[str, int, str, bytes], ...]  # (worker, incarnation, address, transport)
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """A worker is connected to every peer it was told of."""
+
+    worker: str
+
+
+@dataclass(frozen=True, slots=True)
+class Submit:
+    """An API process hands a request in. The attachment is its Ticket."""
+
+    request: int
+    num_prompt: int
+    max_new: int
+    priority: int
+    hashes: bytes  # of the full prompt blocks, 16 bytes each
+
+
+@dataclass(frozen=True, slots=True)
+class Deliver:
+    """The router to an API process: further tokens of an answer (the attachment), or its end.
+
+    `reason` "" means that it goes on. `status` 0 means no error; otherwise an HTTP status and why.
+    """
+
+    request: int
+    reason: str = ""
+    status: int = 0
+    why: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """How are you? Answered by a Report with the same number."""
+
+    number: int
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """The state of a worker, or of all of them (the attachment: JSON)."""
+
+    number: int
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """Finish what is running and end."""
+
+
+_OWN_TYPES = (Hello, Welcome, Register, Meet, Ready, Submit, Deliver, Ask, Report, Stop)
+CODEC = journal.POLICY.including(journal.Codec(_OWN_TYPES, first_code=64))
+
+
+class Ticket(msgspec.Struct, frozen=True, array_like=True):
+    """What a worker needs of a request and policy must not know: token ids (int32) and how to sample.
+
+    The first `num_prompt` tokens are the prompt; any further ones were written by an earlier attempt.
+    """
+
+    tokens: bytes
+    num_prompt: int
+    sampling: Sampling
+
+
+class Model(msgspec.Struct, frozen=True):
+    """What the API processes must know of the model a worker serves, beside its tokenizer."""
+
+    name: str
+    max_tokens: int
+    vocab_size: int
+    block_size: int
+    stop_ids: tuple[int, ...]
+    fingerprint: str
+    layout: str
+
+
+_ENCODER = msgspec.msgpack.Encoder()
+_TICKET = msgspec.msgpack.Decoder(Ticket)
+_MODEL = msgspec.msgpack.Decoder(Model)
+
+
+def pack(value: Ticket | Model) -> bytes:
+    """The bytes of an attachment."""
+    return _ENCODER.encode(value)
+
+
+def unpack_ticket(data: bytes | memoryview) -> Ticket:
+    """A Ticket; ProtocolError for anything else."""
+    try:
+        ticket = _TICKET.decode(data)
+    except msgspec.MsgspecError as error:
+        raise ProtocolError(f"malformed ticket: {error}") from None
+    if len(ticket.tokens) % 4:
+        raise ProtocolError("a ticket's token ids are not whole int32 numbers")
+    return ticket
+
+
+def unpack_model(data: bytes | memoryview) -> Model:
+    """A Model; ProtocolError for anything else."""
+    try:
+        return _MODEL.decode(data)
+    except msgspec.MsgspecError as error:
+        raise ProtocolError(f"malformed model card: {error}") from None
+
+
+def pack_ids(ids: list[int]) -> bytes:
+    """Token ids as int32."""
+    return array("i", ids).tobytes()
+
+
+def unpack_ids(data: bytes | memoryview) -> list[int]:
+    """Token ids from int32; ProtocolError where the bytes are not whole numbers."""
+    if len(data) % 4:
+        raise ProtocolError("token ids are not whole int32 numbers")
+    ids = array("i")
+    ids.frombytes(bytes(data))
+    return ids.tolist()

@@ -1,0 +1,235 @@
+"""The live driver of `policy/worker.py`: hands it events, and does what it orders through five ports.
+
+Keeps what policy must not see: token ids, sampling parameters, checksums. The same class runs in a worker process
+(`worker_process.py`: sockets, threads) and in one process for tests and offline use (`local.py`: a queue). Not
+responsible for waiting, nor for any decision.
+"""
+
+from array import array
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from diptych.engine.executor import Result, Sampling
+from diptych.journal import Journal
+from diptych.policy.hashes import chain
+from diptych.policy.messages import (
+    Answer,
+    Beat,
+    CancelPull,
+    Done,
+    Drop,
+    Emit,
+    Finish,
+    Offer,
+    Place,
+    Publish,
+    Pull,
+    Read,
+    ReadFailed,
+    Revoke,
+    Run,
+    StepDone,
+    WorkerEvent,
+    WorkerOrder,
+)
+from diptych.policy.worker import Worker
+from diptych.serve.wire import pack_ids, unpack_ids, unpack_ticket
+from diptych.transfer.seam import Plan
+
+MAX_EARLY = 1024  # requests a peer may speak of before our own Place comes
+
+ToPeer = Offer | Publish | Done | Answer | Revoke | Drop | Beat
+
+
+class Ports(Protocol):
+    """What a worker's driver asks of the world around it. No call waits."""
+
+    def admit(self, rid: int, tokens: list[int], num_prompt: int, sampling: Sampling) -> None:
+        """Tell the executor of a sequence."""
+
+    def extend(self, rid: int, tokens: list[int]) -> None:
+        """Tell the executor of tokens computed elsewhere."""
+
+    def forget(self, rid: int) -> None:
+        """Tell the executor to drop a sequence."""
+
+    def run(self, step: Run) -> None:
+        """Compute a step; `Driver.ran` takes the result."""
+
+    def tell(self, peer: str, message: ToPeer, attachment: bytes) -> None:
+        """Send to a peer."""
+
+    def report(self, message: Emit | Finish, attachment: bytes) -> None:
+        """Send to the router."""
+
+    def checksum(self, blocks: NDArray[np.int32]) -> NDArray[np.uint64]:
+        """uint64 [n]: checksums of our own blocks, int32 [n]."""
+
+    def pull(self, order: Pull, plan: Plan) -> None:
+        """Start a read; `Driver.on` is to hear Read, or ReadFailed and Settled."""
+
+    def cancel_pull(self, pull: int) -> None:
+        """Ask a read to stop; `Driver.on` is to hear Settled (or Read, if it was done already)."""
+
+
+@dataclass(slots=True)
+class Held:
+    """What the driver remembers of one attempt at a request."""
+
+    tokens: "array[int]"
+    num_prompt: int
+    hashed: int  # leading full blocks whose hash policy knows
+    parent: bytes  # the hash of the last of them
+    checksums: "array[int]"  # of the peer's published blocks, in order
+
+
+class WorkerDriver:
+    """Drives one policy object. All calls come from one thread."""
+
+    def __init__(self, policy: Worker, ports: Ports, clock: Callable[[], float], root: bytes, journal: Journal | None):
+        self.policy = policy
+        self.num_steps = 0
+        self.num_kv_bytes = self.num_transfers = self.num_failed = 0
+        self.kv_seconds = 0.0
+        self._ports = ports
+        self._clock = clock
+        self._root = root  # parent of a sequence's first block hash
+        self._journal = journal
+        self._held: dict[int, Held] = {}
+        self._steps: dict[int, Run] = {}
+        self._early: OrderedDict[int, list[bytes]] = OrderedDict()  # attachments of Publish that came before Place
+
+    def on(self, event: WorkerEvent, attachment: bytes | memoryview = b"") -> None:
+        """Take in an event: hand it to policy, and do what it orders."""
+        match event:
+            case Place():
+                self._placed(event, attachment)
+            case Publish():
+                self._published(event, attachment)
+            case Read():
+                self.num_transfers += 1
+                self.num_kv_bytes += event.num_bytes
+                self.kv_seconds += event.elapsed_s
+            case ReadFailed():
+                self.num_failed += 1
+        self._decide(event)
+
+    def ran(self, step: int, result: Result) -> None:
+        """The executor is done with a step."""
+        run = self._steps.pop(step)
+        self.num_steps += 1
+        for rid, token, _ in result.tokens:
+            if rid in self._held:
+                self._held[rid].tokens.append(token)
+        finished = tuple(rid for rid, _, ended in result.tokens if ended)
+        self._decide(StepDone(step, result.elapsed_s, 1, finished, self._filled(run)))
+
+    def _decide(self, event: WorkerEvent) -> None:
+        now = self._clock()
+        orders = self.policy.on(now, event)
+        if self._journal is not None:
+            self._journal.record(now, event, orders)
+        for order in orders:
+            self._do(order)
+
+    def _do(self, order: WorkerOrder) -> None:
+        match order:
+            case Run():
+                self._steps[order.step] = order
+                self._ports.run(order)
+            case Emit():
+                held = self._held[order.rid]
+                start = held.num_prompt + order.first
+                self._ports.report(order, held.tokens[start : start + order.count].tobytes())
+            case Finish():
+                self._held.pop(order.rid, None)
+                self._ports.forget(order.rid)
+                self._ports.report(order, b"")
+            case Publish():
+                self._tell(order, self._describe(order))
+            case Pull():
+                sums = self._held[order.rid].checksums[order.first : order.first + len(order.source)]
+                plan = Plan(
+                    np.array(order.source, np.int32), np.array(order.target, np.int32), np.array(sums, np.uint64)
+                )
+                self._ports.pull(order, plan)
+            case CancelPull(pull=pull):
+                self._ports.cancel_pull(pull)
+            case _:
+                self._tell(order, b"")
+
+    def _tell(self, order: ToPeer, attachment: bytes) -> None:
+        """Send a peer what is for it; it hears our name in place of its own."""
+        self._ports.tell(order.peer, replace(order, peer=self.policy.spec.name), attachment)
+
+    def _placed(self, place: Place, attachment: bytes | memoryview) -> None:
+        ticket = unpack_ticket(attachment)
+        tokens = array("i")
+        tokens.frombytes(ticket.tokens)
+        parent = place.hashes[-1] if place.hashes else self._root
+        self._held[place.rid] = Held(tokens, ticket.num_prompt, len(place.hashes), parent, array("Q"))
+        self._ports.admit(place.rid, tokens.tolist(), ticket.num_prompt, ticket.sampling)
+        for early in self._early.pop(place.rid, []):
+            self._attach(place.rid, early)
+
+    def _published(self, event: Publish, attachment: bytes | memoryview) -> None:
+        data = bytes(attachment)
+        if event.rid in self._held:
+            self._attach(event.rid, data)
+            return
+        self._early.setdefault(event.rid, []).append(data)
+        if len(self._early) > MAX_EARLY:
+            self._early.popitem(last=False)
+
+    def _describe(self, order: Publish) -> bytes:
+        """The attachment of a Publish: the blocks' checksums, then (final) the first token as one more number."""
+        sums = self._ports.checksum(np.array(order.blocks, np.int32)).tobytes() if order.blocks else b""
+        first = pack_ids([self._held[order.rid].tokens[-1]]) if order.final else b""
+        return sums + first
+
+    def _attach(self, rid: int, data: bytes) -> None:
+        held = self._held[rid]
+        num_sums = len(data) // 8
+        held.checksums.frombytes(data[: 8 * num_sums])
+        first = unpack_ids(data[8 * num_sums :])
+        if first:
+            held.tokens.extend(first)
+            self._ports.extend(rid, first)
+
+    def _filled(self, run: Run) -> tuple[tuple[int, bytes], ...]:
+        """Hashes of the blocks that became full of computed tokens and that policy does not know yet."""
+        size = self.policy.spec.block_size
+        filled = []
+        for piece in run.slices:
+            held = self._held.get(piece.rid)
+            while held is not None and (held.hashed + 1) * size <= piece.start + piece.count:
+                start = held.hashed * size
+                held.parent = chain(held.parent, held.tokens[start : start + size])
+                held.hashed += 1
+                filled.append((piece.rid, held.parent))
+        return tuple(filled)
+
+    def state(self) -> dict[str, Any]:
+        """What `/workers` shows of this worker."""
+        policy = self.policy
+        return {
+            "role": str(policy.spec.role),
+            "running": len(policy.running),
+            "waiting": len(policy.claims),
+            "requests": len(policy.seqs),
+            "idle": policy.idle_reason(),
+            "preempted": policy.num_preempted,
+            "steps": self.num_steps,
+            "blocks": policy.pool.counts(),
+            "kv": {
+                "bytes": self.num_kv_bytes,
+                "seconds": self.kv_seconds,
+                "transfers": self.num_transfers,
+                "failed": self.num_failed,
+            },
+        }
