@@ -88,7 +88,7 @@ class _Paced(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     new_token_us: float = 50.0
     context_token_us: float = 0.1
     kv_bytes_per_token: int = 64
-    vocab: int = 32000
+    vocab: int = 512
 
     def model(self) -> PacedModel:
         return PacedModel(
@@ -177,7 +177,7 @@ def parse_bytes(text: int | str) -> int:
 
 def parse_cores(text: str) -> list[int]:
     """Core numbers: "0,1" or "0-3,8"."""
-    cores = []
+    cores: list[int] = []
     for part in text.split(","):
         first, _, last = part.partition("-")
         if not first.strip().isdigit() or (last and not last.strip().isdigit()):

@@ -138,6 +138,7 @@ MAGIC = b"diptych journal 1\n"
 SEGMENT_BYTES = 64 << 20
 BUFFER_BYTES = 32 << 20
 SUFFIX = ".journal"
+_NIL = b"\xc0"  # msgpack
 
 
 class Header(msgspec.Struct, frozen=True):
@@ -151,10 +152,10 @@ class Header(msgspec.Struct, frozen=True):
 
 
 class Entry(msgspec.Struct, frozen=True, array_like=True):
-    """One event and what was ordered; `event` None says that `num_lost` events are missing here."""
+    """One event and what was ordered. `num_lost` above 0 says that so many events are missing here instead."""
 
     now: float
-    event: msgspec.Raw | None
+    event: msgspec.Raw
     orders: list[msgspec.Raw]
     num_lost: int = 0
 
@@ -190,7 +191,7 @@ class Journal:
             self._owed += 1
             return
         if self._owed:
-            self._append(Entry(now, None, [], self._owed))
+            self._append(Entry(now, msgspec.Raw(_NIL), [], self._owed))
             self._owed = 0
         raw = [msgspec.Raw(POLICY.encode(order)) for order in orders]
         self._append(Entry(now, msgspec.Raw(POLICY.encode(event)), raw))
@@ -242,7 +243,7 @@ class Recording:
         for segment in self.segments:
             for data in _records(segment):
                 entry = decoder.decode(data)
-                if entry.event is None:
+                if entry.num_lost:
                     raise ConfigError(f"{segment}: {entry.num_lost} events were lost here; it cannot be replayed")
                 yield entry.now, POLICY.decode(bytes(entry.event)), [POLICY.decode(bytes(o)) for o in entry.orders]
 

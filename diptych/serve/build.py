@@ -13,8 +13,9 @@ from diptych.engine.paced import PacedExecutor, paced_layout
 from diptych.errors import ConfigError
 from diptych.modelfacts import read_facts
 from diptych.policy.hashes import root
+from diptych.policy.messages import Role
 from diptych.policy.worker import Worker
-from diptych.serve.wire import Model
+from diptych.serve.frontend import ModelCard
 from diptych.transfer.layout import Layout
 from diptych.transfer.pool import Pool
 
@@ -28,7 +29,7 @@ class Parts:
     policy: Worker
     executor: Executor
     pool: Pool
-    model: Model
+    card: ModelCard
     root: bytes  # parent of a sequence's first block hash
 
 
@@ -54,23 +55,33 @@ def build(cluster: Cluster, worker: WorkerConfig) -> Parts:
     """Make a worker's parts; loads the model."""
     layout = layout_of(cluster, worker)
     num_blocks = num_blocks_of(layout, worker)
-    model = card(cluster, layout, num_blocks)
+    model = model_card(cluster, layout, num_blocks)
     pool = Pool(layout, num_blocks)
     policy = Worker(worker.spec(num_blocks))
     return Parts(policy, _executor(cluster, worker, pool), pool, model, root(model.fingerprint, model.layout, ""))
 
 
-def card(cluster: Cluster, layout: Layout, num_blocks: int) -> Model:
+def cluster_card(cluster: Cluster) -> ModelCard:
+    """The card of the model a whole cluster serves: a request must fit into the smallest worker that may write it."""
+    writers = [worker for worker in cluster.workers if worker.role != Role.PREFILL]
+    layout = layout_of(cluster, writers[0])
+    return model_card(cluster, layout, min(num_blocks_of(layout_of(cluster, w), w) for w in writers))
+
+
+def model_card(cluster: Cluster, layout: Layout, num_blocks: int) -> ModelCard:
     """What the API must know: limits, stop tokens, and what salts block hashes."""
-    name = "diptych-demo" if cluster.folder == str(DEMO) else Path(cluster.model).name or cluster.model
-    limit = num_blocks * layout.block_size
-    if cluster.engine == "paced":
-        tokens = min(limit, PACED_POSITIONS)
-        return Model(name, tokens, cluster.paced.vocab, layout.block_size, (), layout.model, layout.fingerprint())
-    facts = read_facts(cluster.folder)
-    tokens = min(limit, facts.max_positions)
-    return Model(
-        name, tokens, facts.vocab, layout.block_size, facts.eos_ids, facts.fingerprint, layout.fingerprint()
+    paced = cluster.engine == "paced"
+    facts = None if paced else read_facts(cluster.folder)
+    positions = facts.max_positions if facts else PACED_POSITIONS
+    return ModelCard(
+        name="diptych-demo" if cluster.folder == str(DEMO) else Path(cluster.model).name or cluster.model,
+        max_tokens=min(num_blocks * layout.block_size, positions),
+        vocab_size=facts.vocab if facts else cluster.paced.vocab,
+        block_size=layout.block_size,
+        stop_ids=facts.eos_ids if facts else (),
+        fingerprint=layout.model,
+        layout=layout.fingerprint(),
+        aliases=(cluster.model,) if cluster.model != "demo" else (),
     )
 
 

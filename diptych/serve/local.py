@@ -203,4 +203,3 @@ class LocalCluster:
         journal = Journal(folder, name, 0, spec)
         self._journals.append(journal)
         return journal
-

@@ -33,7 +33,10 @@ class Welcome:
 
 @dataclass(frozen=True, slots=True)
 class Register:
-    """A worker tells the router what it is. `address` is where peers call it; `transport` how its blocks are read."""
+    """A worker tells the router, and its peers, what it is.
+
+    `address` is where peers call it; `transport` describes how its blocks are read.
+    """
 
     worker: str
     incarnation: int
@@ -43,19 +46,18 @@ class Register:
     block_size: int
     address: str
     transport: bytes
-    model: bytes  # a `Model`, msgpack
 
 
 @dataclass(frozen=True, slots=True)
 class Meet:
-    """The router to a new worker: connect to these (address, transport description), then say Ready."""
+    """The router to a new worker: connect to these, then say Ready."""
 
-    peers: tuple[tuple[str, int, str, bytes], ...]  # (worker, incarnation, address, transport)
+    peers: tuple[tuple[str, str], ...]  # (worker, address)
 
 
 @dataclass(frozen=True, slots=True)
 class Ready:
-    """A worker is connected to every peer it was told of."""
+    """To the router: I am connected to every peer I was told of. To a peer: I can read your blocks."""
 
     worker: str
 
@@ -68,7 +70,7 @@ class Submit:
     num_prompt: int
     max_new: int
     priority: int
-    hashes: bytes  # of the full prompt blocks, 16 bytes each
+    hashes: tuple[bytes, ...]  # of the full prompt blocks
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,24 +120,11 @@ class Ticket(msgspec.Struct, frozen=True, array_like=True):
     sampling: Sampling
 
 
-class Model(msgspec.Struct, frozen=True):
-    """What the API processes must know of the model a worker serves, beside its tokenizer."""
-
-    name: str
-    max_tokens: int
-    vocab_size: int
-    block_size: int
-    stop_ids: tuple[int, ...]
-    fingerprint: str
-    layout: str
-
-
 _ENCODER = msgspec.msgpack.Encoder()
 _TICKET = msgspec.msgpack.Decoder(Ticket)
-_MODEL = msgspec.msgpack.Decoder(Model)
 
 
-def pack(value: Ticket | Model) -> bytes:
+def pack(value: Ticket) -> bytes:
     """The bytes of an attachment."""
     return _ENCODER.encode(value)
 
@@ -149,14 +138,6 @@ def unpack_ticket(data: bytes | memoryview) -> Ticket:
     if len(ticket.tokens) % 4:
         raise ProtocolError("a ticket's token ids are not whole int32 numbers")
     return ticket
-
-
-def unpack_model(data: bytes | memoryview) -> Model:
-    """A Model; ProtocolError for anything else."""
-    try:
-        return _MODEL.decode(data)
-    except msgspec.MsgspecError as error:
-        raise ProtocolError(f"malformed model card: {error}") from None
 
 
 def pack_ids(ids: list[int]) -> bytes:

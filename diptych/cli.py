@@ -1,0 +1,158 @@
+"""The command line: `diptych serve`, `simulate`, `replay`. Short help; every flag is documented in docs/cli.md.
+
+Only reads arguments and prints; the work is in the packages it calls, imported when a command needs them.
+"""
+
+import argparse
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from diptych import __version__
+from diptych.errors import DiptychError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit status."""
+    arguments = _parser().parse_args(argv)
+    try:
+        status: int = arguments.command(arguments)
+        return status
+    except DiptychError as error:
+        print(f"diptych: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="diptych", description="Prefill/decode disaggregated inference for large language models."
+    )
+    parser.add_argument("--version", action="version", version=f"diptych {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_serve(commands)
+    _add_replay(commands)
+    return parser
+
+
+def _add_topology(parser: argparse.ArgumentParser) -> None:
+    """The flags that say which workers there are: the same in every command."""
+    parser.add_argument("cluster", nargs="?", type=Path, metavar="cluster.toml", help="the topology in full")
+    parser.add_argument("--prefill", type=int, metavar="N", help="prefill workers (default 1, with --decode 1)")
+    parser.add_argument("--decode", type=int, metavar="N", help="decode workers")
+    parser.add_argument("--mixed", type=int, metavar="N", help="workers that do both")
+    parser.add_argument("--chunk", type=_chunk, metavar="N|off", help="most new tokens in a step (default 512)")
+    parser.add_argument("--kv-memory", metavar="SIZE", help="KV memory of each worker (default 128MiB)")
+
+
+def _topology(arguments: argparse.Namespace) -> dict[str, Any]:
+    keys = ("prefill", "decode", "mixed", "chunk", "kv_memory")
+    return {key: getattr(arguments, key) for key in keys}
+
+
+def _chunk(text: str) -> int | str:
+    if text == "off":
+        return text
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError("a number of tokens, or off")
+    return int(text)
+
+
+# --- serve -----------------------------------------------------------------------------------------------------
+
+
+def _add_serve(commands: Any) -> None:
+    parser = commands.add_parser("serve", help="serve a model", description="Serve a model until Ctrl-C.")
+    _add_topology(parser)
+    parser.add_argument("--model", help="a folder, a hub name, or demo (default), the bundled model")
+    parser.add_argument("--engine", choices=("torch", "paced"), help="paced: real processes and KV, pretended compute")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of weights and KV")
+    parser.add_argument("--cores", metavar="LIST", help="cores for the workers, like 0,1 or 0-3 (default: all)")
+    parser.add_argument("--host", help="address to listen on (default 127.0.0.1)")
+    parser.add_argument("--port", type=int, help="port to listen on (default 8000; 0 picks a free one)")
+    parser.add_argument("--journal", metavar="FOLDER", help="keep every event and decision there, for replay")
+    parser.set_defaults(command=_serve)
+
+
+def _serve(arguments: argparse.Namespace) -> int:
+    from diptych.config import load_cluster, parse_cores
+    from diptych.serve.supervisor import Supervisor
+
+    keys = ("model", "engine", "dtype", "host", "port", "journal")
+    flags = _topology(arguments) | {key: getattr(arguments, key) for key in keys}
+    flags["cores"] = parse_cores(arguments.cores) if arguments.cores else None
+    cluster = load_cluster(arguments.cluster, flags)
+    _stop_on_sigterm()
+    began = time.monotonic()
+    names = ", ".join(f"{worker.name} ({worker.role})" for worker in cluster.workers)
+    print(f"starting {names} on {cluster.model} ...", flush=True)
+    with Supervisor(cluster, on_event=lambda text: print(text, file=sys.stderr, flush=True)) as supervisor:
+        supervisor.wait_ready()
+        print(_banner(supervisor.url, time.monotonic() - began), flush=True)
+        try:
+            supervisor.watch()
+        except KeyboardInterrupt:
+            print("stopping ...", flush=True)
+    return 0
+
+
+def _stop_on_sigterm() -> None:
+    """SIGTERM stops a cluster as Ctrl-C does."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, stop)
+
+
+def _banner(url: str, seconds: float) -> str:
+    return f"""ready after {seconds:.1f} s
+
+  API      {url}/v1
+  page     {url}/
+  workers  {url}/workers
+
+  curl -N {url}/v1/chat/completions -H 'content-type: application/json' \\
+    -d '{{"stream": true, "temperature": 0, "messages": [{{"role": "user", "content": "Tell me a story about a fox."}}]}}'
+
+Ctrl-C stops it."""
+
+
+# --- replay ----------------------------------------------------------------------------------------------------
+
+
+def _add_replay(commands: Any) -> None:
+    parser = commands.add_parser(
+        "replay",
+        help="re-derive every decision of a journal",
+        description="Feed a journal's events to fresh policy objects and compare every order with the recorded one.",
+    )
+    parser.add_argument("journal", type=Path, metavar="FILE", help="a journal folder, or one file of it")
+    parser.set_defaults(command=_replay)
+
+
+def _replay(arguments: argparse.Namespace) -> int:
+    from rich.console import Console
+    from rich.table import Table
+
+    from diptych.journal import read_journals
+    from diptych.sim.replay import replay
+
+    table = Table("object", "incarnation", "events", "orders", "result")
+    differences = []
+    for recording in read_journals(arguments.journal):
+        outcome = replay(recording)
+        header = recording.header
+        result = "the same" if outcome.difference is None else "DIFFERS"
+        table.add_row(header.object, str(header.incarnation), str(outcome.num_events), str(outcome.num_orders), result)
+        if outcome.difference is not None:
+            differences.append(f"{header.object}: {outcome.difference}")
+    Console().print(table)
+    for difference in differences:
+        print(difference)
+    return 1 if differences else 0

@@ -1,0 +1,118 @@
+"""One answer in the making: tokens in, text out, and why it ended.
+
+Evaluates stop strings on the text, holding back what may be the beginning of one. Not responsible for where chunks come
+from nor for how text is framed (`exchange.py`, `openai.py`).
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from diptych.errors import Unavailable
+from diptych.policy.messages import Reason
+from diptych.serve.frontend import Chunk, Job
+from diptych.serve.openai import rejection
+from diptych.serve.text import Detokenizer, Text
+
+
+class StopStrings:
+    """Cuts a growing text before the stop string that is complete first, however the text is cut into pieces."""
+
+    __slots__ = ("_held", "_stops")
+
+    def __init__(self, stops: Sequence[str]):
+        self._stops = tuple(stops)
+        self._held = ""
+
+    def push(self, text: str) -> tuple[str, bool]:
+        """The text that is certainly part of the answer, and whether a stop string ended it."""
+        text = self._held + text
+        hits = [(at + len(stop), at) for stop in self._stops if (at := text.find(stop)) >= 0]
+        if hits:
+            self._held = ""
+            return text[: min(hits)[1]], True
+        keep = max((_overlap(text, stop) for stop in self._stops), default=0)
+        cut = len(text) - keep
+        self._held = text[cut:]
+        return text[:cut], False
+
+    def flush(self) -> str:
+        """What was held back, once no more text can come."""
+        held, self._held = self._held, ""
+        return held
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of `text` that is a proper beginning of `stop`."""
+    at = text.find(stop[0], max(0, len(text) - len(stop) + 1))
+    while at >= 0:
+        if stop.startswith(text[at:]):
+            return len(text) - at
+        at = text.find(stop[0], at + 1)
+    return 0
+
+
+class Answer:
+    """The state of one answer. `finish` is OpenAI's finish reason once there is one.
+
+    `ended` says that the router has spoken its last word on it: before that, leaving it means cancelling it.
+    """
+
+    __slots__ = ("_detokenizer", "_min_new", "_stop_ids", "_stops", "cached", "ended", "finish", "num_tokens", "record")
+
+    def __init__(self, text: Text, job: Job, stops: Sequence[str] = ()):
+        self._detokenizer = Detokenizer(text)
+        self._stops = StopStrings(stops) if stops else None
+        self._stop_ids = job.sampling.stop_ids
+        self._min_new = job.sampling.min_new
+        self.num_tokens = 0
+        self.cached = 0
+        self.finish: str | None = None
+        self.ended = False
+        self.record: dict[str, Any] | None = None
+
+    def feed(self, chunk: Chunk) -> str:
+        """Take in a chunk; returns the text it adds. Raises what the router says instead of an answer."""
+        self.cached = max(self.cached, chunk.cached)
+        reason = chunk.reason
+        if chunk.error is not None:
+            self.ended = True
+            raise rejection(*chunk.error)
+        if reason is None:
+            return self._take(chunk.tokens)
+        self.ended = True
+        self.record = chunk.record
+        if reason is not Reason.STOP and reason is not Reason.LENGTH:
+            raise Unavailable(f"the request did not finish: {reason.value}")
+        return self._take_last(chunk.tokens, reason)
+
+    def _take_last(self, tokens: list[int], reason: Reason) -> str:
+        ended_by_token = reason is Reason.STOP and tokens and tokens[-1] in self._stop_ids
+        text = self._take(tokens[:-1] if ended_by_token else tokens)
+        if self.finish is None:
+            self.num_tokens += bool(ended_by_token)  # it was written, and is not part of the text
+            rest = self._filter(self._detokenizer.flush())
+            text += rest
+            if self.finish is None:
+                text += self._stops.flush() if self._stops else ""
+                self.finish = reason.value
+        return text
+
+    def _take(self, tokens: list[int]) -> str:
+        if self._stops is None:
+            self.num_tokens += len(tokens)
+            return self._detokenizer.push(tokens)
+        text = ""
+        for token in tokens:  # one by one: what was written after the stop string does not count
+            self.num_tokens += 1
+            text += self._filter(self._detokenizer.push((token,)))
+            if self.finish is not None:
+                break
+        return text
+
+    def _filter(self, text: str) -> str:
+        if self._stops is None or self.num_tokens < self._min_new:
+            return text
+        text, stopped = self._stops.push(text)
+        if stopped:
+            self.finish = "stop"
+        return text

@@ -1,0 +1,311 @@
+"""The HTTP face: OpenAI's endpoints and a few of our own, on Starlette. Never imports torch or transformers.
+
+Reads and checks a request, turns it into jobs and hands them to an `Exchange`; nothing is submitted before everything
+was checked. Whatever goes wrong leaves as OpenAI's error envelope. Not responsible for placing or computing (behind
+`Frontend`), for the dialect's details (`openai.py`) or for what flags said (`Settings` comes from the caller).
+"""
+
+import asyncio
+import contextlib
+import logging
+import socket
+import time
+import uuid
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from functools import partial
+from html import escape
+from typing import Any, TypeVar
+
+import msgspec
+import uvicorn
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import HTMLResponse, Response
+from starlette.routing import Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from diptych import __version__
+from diptych.errors import DiptychError, Overloaded, TooLarge, Unavailable
+from diptych.serve import openai
+from diptych.serve.exchange import Exchange, Order
+from diptych.serve.frontend import Frontend, Job, ModelCard
+from diptych.serve.metrics import CONTENT_TYPE, Metrics
+from diptych.serve.text import Text, prompt_hashes
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+# Encoding this many characters takes about 2 ms; more of it goes to a thread (tokenizers lets go of the GIL).
+_LONG_TEXT = 8192
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """Limits of the API process."""
+
+    max_body_bytes: int = 32 * 2**20
+    max_prompts: int = 256  # in one completion request
+    retry_after_s: int = 1
+    control_timeout_s: float = 2.0  # how long /health, /workers and /metrics wait for the router
+
+
+@dataclass(frozen=True, slots=True)
+class Api:
+    """What every endpoint needs."""
+
+    frontend: Frontend
+    text: Text
+    card: ModelCard
+    settings: Settings
+    metrics: Metrics = field(default_factory=Metrics)
+
+    # --- generation ---
+
+    async def completions(self, request: Request) -> Exchange:
+        """`POST /v1/completions`."""
+        return await self._generate(request, chat=False)
+
+    async def chat_completions(self, request: Request) -> Exchange:
+        """`POST /v1/chat/completions`."""
+        return await self._generate(request, chat=True)
+
+    async def _generate(self, request: Request, chat: bool) -> Exchange:
+        arrived = time.perf_counter()
+        call = openai.parse(await _read_body(request, self.settings.max_body_bytes), chat)
+        openai.check_model(call.model, self.card)
+        openai.check_stop_ids(call, self.card)
+        prompts = [await self._encode_chat(call)] if chat else await self._encode_prompts(call)
+        order = Order(
+            chat=chat,
+            jobs=[self._job(call, tokens, chat) for tokens in prompts],
+            stops=openai.stop_strings(call),
+            streamed=bool(call.stream),
+            with_usage=bool(call.stream_options and call.stream_options.include_usage),
+            with_timings=bool(call.timings),
+            ident=f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}",
+            model=call.model or self.card.name,
+            created=int(time.time()),
+            arrived=arrived,
+        )
+        return Exchange(order, self.frontend, self.text, self.metrics)
+
+    async def _encode_chat(self, call: openai.Call) -> list[int]:
+        assert call.messages is not None
+        size = sum(len(str(message.get("content"))) for message in call.messages)
+        self._check_size(size, "messages")
+        encode = partial(self.text.encode_chat, call.messages, call.tools, call.chat_template_kwargs)
+        return await _aside(size, encode)
+
+    async def _encode_prompts(self, call: openai.Call) -> list[list[int]]:
+        found = []
+        for prompt in openai.prompts(call, self.settings.max_prompts):
+            if isinstance(prompt, str):
+                self._check_size(len(prompt), "prompt")
+                found.append(await _aside(len(prompt), partial(self.text.encode, prompt)))
+            else:
+                found.append(prompt)
+        return found
+
+    def _check_size(self, num_chars: int, param: str) -> None:
+        """Refuse what cannot fit before tokenizing it: 32 MiB of text would be ten seconds of a core."""
+        if num_chars > self.card.max_tokens * max(64, self.text.longest_token):
+            raise openai.too_long(f"the prompt has {num_chars} characters", self.card, param)
+
+    def _job(self, call: openai.Call, tokens: list[int], chat: bool) -> Job:
+        openai.check_prompt(tokens, self.card)
+        return Job(
+            tokens=tokens,
+            max_new=openai.max_new(call, len(tokens), self.card, chat),
+            sampling=openai.sampling(call, self.card.stop_ids),
+            priority=call.priority or 0,
+            hashes=prompt_hashes(tokens, self.card, call.cache_salt or ""),
+        )
+
+    # --- looking in ---
+
+    async def models(self, request: Request) -> Response:
+        """`GET /v1/models`."""
+        names = (self.card.name, *self.card.aliases)
+        return _json({"object": "list", "data": [self._model(name) for name in names]})
+
+    async def model(self, request: Request) -> Response:
+        """`GET /v1/models/{name}`."""
+        name = request.path_params["name"]
+        openai.check_model(name, self.card)
+        return _json(self._model(name))
+
+    def _model(self, name: str) -> dict[str, Any]:
+        card = self.card
+        known = {"id": name, "object": "model", "created": card.created, "owned_by": "diptych"}
+        return {**known, "root": card.name, "max_model_len": card.max_tokens}
+
+    async def health(self, request: Request) -> Response:
+        """`GET /health`: 200 where a token moved lately or nothing was asked, else 503."""
+        try:
+            well, details = await self._ask(self.frontend.health())
+        except DiptychError as error:
+            well, details = False, {"why": str(error)}
+        return _json({"status": "ok" if well else "unhealthy", **details}, 200 if well else 503)
+
+    async def workers(self, request: Request) -> Response:
+        """`GET /workers`."""
+        return _json({"workers": await self._ask(self.frontend.workers())})
+
+    async def expose_metrics(self, request: Request) -> Response:
+        """`GET /metrics`; without the workers' numbers where the router does not answer."""
+        rows: list[dict[str, Any]] = []
+        with contextlib.suppress(DiptychError):
+            rows = await self._ask(self.frontend.workers())
+        return Response(self.metrics.expose(rows), headers={"content-type": CONTENT_TYPE})
+
+    async def version(self, request: Request) -> Response:
+        """`GET /version`."""
+        return _json({"version": __version__})
+
+    async def page(self, request: Request) -> Response:
+        """`GET /`."""
+        return HTMLResponse(_page(self.card.name, str(request.base_url)))
+
+    async def _ask(self, question: Awaitable[T]) -> T:
+        try:
+            return await asyncio.wait_for(question, self.settings.control_timeout_s)
+        except TimeoutError as error:
+            raise Unavailable("the router does not answer") from error
+
+
+def make_app(frontend: Frontend, text: Text, card: ModelCard, settings: Settings | None = None) -> Starlette:
+    """The ASGI application."""
+    api = Api(frontend, text, card, settings or Settings())
+    routes = [
+        Route("/v1/completions", api.completions, methods=["POST"]),
+        Route("/v1/chat/completions", api.chat_completions, methods=["POST"]),
+        Route("/v1/models", api.models),
+        Route("/v1/models/{name:path}", api.model),
+        Route("/health", api.health),
+        Route("/workers", api.workers),
+        Route("/metrics", api.expose_metrics),
+        Route("/version", api.version),
+        Route("/", api.page),
+    ]
+    answer = partial(_answer_error, api.settings.retry_after_s)
+    handlers: dict[Any, Any] = {DiptychError: answer, HTTPException: _answer_http, ClientDisconnect: _answer_nobody}
+    app = Starlette(routes=routes, middleware=[Middleware(Outermost)], exception_handlers=handlers)
+    app.router.redirect_slashes = False  # a redirect has no envelope, and clients drop the body on the way
+    app.state.api = api
+    return app
+
+
+def make_server(app: ASGIApp, host: str = "127.0.0.1", port: int = 0, fd: int | None = None) -> uvicorn.Server:
+    """A uvicorn server set up for token streams: uvloop, httptools, TCP_NODELAY (asyncio's default), no access log."""
+    config = uvicorn.Config(
+        app,
+        host=host,
+        port=port,
+        fd=fd,
+        loop="uvloop",
+        http="httptools",
+        ws="none",
+        lifespan="off",
+        access_log=False,
+        log_level="warning",
+        server_header=False,
+        timeout_keep_alive=75,
+        timeout_graceful_shutdown=5,
+        backlog=2048,
+    )
+    return uvicorn.Server(config)
+
+
+def port_of(server: uvicorn.Server) -> int:
+    """The port a started server listens on."""
+    bound: socket.socket = server.servers[0].sockets[0]
+    return int(bound.getsockname()[1])
+
+
+class Outermost:
+    """Gives every reply the request's `X-Request-Id`, and turns an error of ours into a 500 with an envelope."""
+
+    def __init__(self, app: ASGIApp):
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return
+        ident = _request_id(scope["headers"])
+        started = False
+
+        async def send_named(message: Message) -> None:
+            nonlocal started
+            if message["type"] == "http.response.start":
+                started = True
+                message["headers"] = [*message.get("headers", ()), (b"x-request-id", ident)]
+            await send(message)
+
+        try:
+            await self.app(scope, receive, send_named)
+        except Exception:
+            log.exception("request %s failed", ident.decode("latin-1"))
+            if started:
+                raise  # uvicorn closes the connection: the client sees that the reply is not whole
+            body = openai.envelope("internal error; the log has more", DiptychError.kind)
+            await Response(body, 500, media_type="application/json")(scope, receive, send_named)
+
+
+def _request_id(headers: list[tuple[bytes, bytes]]) -> bytes:
+    given = next((value for name, value in headers if name == b"x-request-id"), b"")
+    # Only what is safe in a header and a log line is taken over.
+    if 0 < len(given) <= 128 and all(33 <= char <= 126 for char in given):
+        return given
+    return uuid.uuid4().hex.encode()
+
+
+async def _read_body(request: Request, limit: int) -> bytes:
+    if int(request.headers.get("content-length", "0")) > limit:
+        raise TooLarge(f"the request body is over {limit} bytes")
+    body = bytearray()
+    async for part in request.stream():
+        body += part
+        if len(body) > limit:
+            raise TooLarge(f"the request body is over {limit} bytes")
+    return bytes(body)
+
+
+async def _aside(size: int, work: Callable[[], T]) -> T:
+    """Long work on text in a thread, short work here: a thread costs more than it."""
+    return await asyncio.to_thread(work) if size > _LONG_TEXT else work()
+
+
+def _json(value: Any, status: int = 200) -> Response:
+    return Response(msgspec.json.encode(value), status, media_type="application/json")
+
+
+async def _answer_error(retry_after_s: int, request: Request, error: DiptychError) -> Response:
+    later = isinstance(error, Overloaded | Unavailable)
+    headers = {"retry-after": str(retry_after_s)} if later else None
+    return Response(openai.error_body(error), error.status, headers, "application/json")
+
+
+async def _answer_http(request: Request, error: HTTPException) -> Response:
+    """What Starlette itself refuses: unknown routes and methods."""
+    kind = "not_found_error" if error.status_code == 404 else "invalid_request_error"
+    message = f"{request.method} {request.url.path}: {error.detail}"
+    return Response(openai.envelope(message, kind), error.status_code, error.headers, "application/json")
+
+
+async def _answer_nobody(request: Request, error: ClientDisconnect) -> Response:
+    return Response(status_code=499)
+
+
+def _page(model: str, base: str) -> str:
+    links = ("v1/models", "workers", "health", "metrics", "version")
+    items = "".join(f'<li><a href="/{link}">/{link}</a></li>' for link in links)
+    body = msgspec.json.encode({"model": model, "messages": [{"role": "user", "content": "Hello"}]}).decode()
+    curl = f"curl {base}v1/chat/completions -H 'Content-Type: application/json' -d '{body}'"
+    return (
+        f"<!doctype html><html lang=en><meta charset=utf-8><title>Diptych</title><h1>Diptych {__version__}</h1>"
+        f"<p>Serving <b>{escape(model)}</b>: POST /v1/chat/completions, POST /v1/completions</p><ul>{items}</ul>"
+        f"<pre>{escape(curl)}</pre></html>"
+    )

@@ -1,0 +1,143 @@
+"""An API process: the HTTP server, and a `Frontend` over a socket to the router. No torch.
+
+Not responsible for HTTP (`api.py`) or for placing requests (the router).
+"""
+
+import asyncio
+import itertools
+import logging
+import socket
+from typing import Any
+
+import msgspec
+
+from diptych.errors import ProtocolError, Unavailable
+from diptych.modelfacts import locate
+from diptych.policy.messages import Cancelled, Reason
+from diptych.serve import process
+from diptych.serve.api import make_app, make_server
+from diptych.serve.build import cluster_card
+from diptych.serve.channel import Channel, call
+from diptych.serve.frontend import Chunk, Job
+from diptych.serve.text import Text
+from diptych.serve.wire import Ask, Deliver, Hello, Report, Submit, Ticket, pack, pack_ids, unpack_ids
+
+log = logging.getLogger(__name__)
+
+STOP_S = 5  # open requests may go on for so long when we are told to stop
+REPORT_S = 3.0  # longer than the router gives its workers
+
+
+class RouterFrontend:
+    """Implements `Frontend` over a channel to the router."""
+
+    def __init__(self) -> None:
+        self._channel: Channel | None = None
+        self._streams: dict[int, asyncio.Queue[Chunk]] = {}
+        self._reports: dict[int, asyncio.Future[dict[str, Any]]] = {}
+        self._numbers = itertools.count(1)
+
+    async def connect(self, orders: process.Orders) -> None:
+        """Call the router; it may still be starting."""
+        hello = Hello("api", orders.name, orders.incarnation, orders.key)
+        self._channel = await call(orders.router, hello, self._meet)
+
+    def submit(self, job: Job) -> tuple[int, asyncio.Queue[Chunk]]:
+        """Send a job off."""
+        channel = self._connected()
+        request = next(self._numbers)
+        stream = self._streams[request] = asyncio.Queue()
+        ticket = Ticket(pack_ids(job.tokens), len(job.tokens), job.sampling)
+        channel.say(Submit(request, len(job.tokens), job.max_new, job.priority, job.hashes), pack(ticket))
+        return request, stream
+
+    def cancel(self, request: int) -> None:
+        """Stop a request."""
+        if self._streams.pop(request, None) is not None and self._channel is not None:
+            self._channel.say(Cancelled(request))
+
+    async def workers(self) -> list[dict[str, Any]]:
+        """One row a worker."""
+        rows: list[dict[str, Any]] = (await self._report())["workers"]
+        return rows
+
+    async def health(self) -> tuple[bool, dict[str, Any]]:
+        """True where requests can be served and are."""
+        report = await self._report()
+        rows = report.pop("workers")
+        report["workers"] = {row["id"]: row["state"] for row in rows}
+        return bool(report.pop("healthy")), report
+
+    def _connected(self) -> Channel:
+        if self._channel is None:
+            raise Unavailable("the router is gone; try again later")
+        return self._channel
+
+    async def _report(self) -> dict[str, Any]:
+        channel = self._connected()
+        number = next(self._numbers)
+        answer = self._reports[number] = asyncio.get_running_loop().create_future()
+        channel.say(Ask(number))
+        try:
+            return await asyncio.wait_for(answer, REPORT_S)
+        except TimeoutError:
+            raise Unavailable("the router does not answer") from None
+        finally:
+            self._reports.pop(number, None)
+
+    def _meet(self, channel: Channel) -> None:
+        channel.heard = self._heard
+        channel.lost = self._lost
+
+    def _heard(self, message: Any, attachment: memoryview) -> None:
+        match message:
+            case Deliver():
+                self._deliver(message, attachment)
+            case Report(number=number):
+                answer = self._reports.get(number)
+                if answer is not None and not answer.done():
+                    answer.set_result(msgspec.json.decode(attachment, type=dict[str, Any]))
+            case _:
+                raise ProtocolError(f"a router does not say {type(message).__name__}")
+
+    def _deliver(self, message: Deliver, attachment: memoryview) -> None:
+        over = bool(message.reason or message.status)
+        stream = self._streams.pop(message.request, None) if over else self._streams.get(message.request)
+        if stream is not None:
+            reason = Reason(message.reason) if message.reason else None
+            error = (message.status, message.why) if message.status else None
+            stream.put_nowait(Chunk(unpack_ids(attachment), reason, error))
+
+    def _lost(self, why: str) -> None:
+        """The router is gone: every stream ends with an error, none is left waiting."""
+        log.error("the router is gone: %s", why)
+        self._channel = None
+        for stream in self._streams.values():
+            stream.put_nowait(Chunk([], None, (503, "the router is gone; try again later")))
+        self._streams.clear()
+
+
+async def serve(orders: process.Orders) -> None:
+    """Serve HTTP until told to stop; then open requests may finish for a few seconds."""
+    cluster = orders.cluster
+    frontend = RouterFrontend()
+    app = make_app(frontend, Text.load(locate(cluster.folder)), cluster_card(cluster))
+    await frontend.connect(orders)
+    server = make_server(app, cluster.host, cluster.port)
+    server.config.timeout_graceful_shutdown = STOP_S
+    listening = None if orders.fd is None else [socket.socket(fileno=orders.fd)]
+    serving = asyncio.ensure_future(server.serve(listening))
+    try:
+        await asyncio.shield(serving)
+    except asyncio.CancelledError:
+        server.should_exit = True
+        await serving
+
+
+def main() -> None:
+    """The process's entry."""
+    process.run(serve)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,82 @@
+"""The seam between the API process and the router process: what one submits and what comes back.
+
+Only facts and protocols: `serve/api.py` is written against `Frontend`, the driver implements it over a socket,
+tests put a double behind it. Not responsible for HTTP, text or the wire.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from diptych.engine.executor import Sampling
+from diptych.policy.messages import Reason
+
+
+@dataclass(frozen=True, slots=True)
+class ModelCard:
+    """What the API has to know of the model that is served.
+
+    `max_tokens` bounds prompt and answer together. `fingerprint` and `layout` salt the block hashes, so that KV is
+    shared only where it means the same.
+    """
+
+    name: str
+    max_tokens: int
+    vocab_size: int
+    block_size: int
+    stop_ids: tuple[int, ...] = ()  # the model's end of sequence; off with `ignore_eos`
+    fingerprint: str = ""
+    layout: str = ""
+    aliases: tuple[str, ...] = ()
+    created: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One prompt to be continued. `hashes` are those of its full blocks; a lower `priority` goes first."""
+
+    tokens: list[int]
+    max_new: int
+    sampling: Sampling
+    priority: int = 0
+    hashes: tuple[bytes, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """The next tokens of an answer. The last chunk has a `reason` or an `error` (HTTP status, why).
+
+    `tokens` includes the stop token that ended it. `cached`: prompt tokens whose KV was found, said at the latest in
+    the last chunk. `record`: the waterfall of the request, with the last chunk.
+    """
+
+    tokens: list[int]
+    reason: Reason | None = None
+    error: tuple[int, str] | None = None
+    cached: int = 0
+    record: dict[str, Any] | None = None
+
+
+class Stream(Protocol):
+    """The chunks of one request, in order. Nobody calls `get` after the last one."""
+
+    async def get(self) -> Chunk:
+        """Wait for the next chunk. Ends in bounded time: where the router is gone, with an error chunk."""
+
+
+class Frontend(Protocol):
+    """The router, as an API process sees it. May raise any `DiptychError`, e.g. `Unavailable`."""
+
+    def submit(self, job: Job) -> tuple[int, Stream]:
+        """Send a job off; returns its request id and where its answer will appear. Never waits."""
+
+    def cancel(self, request: int) -> None:
+        """Stop a request whose last chunk has not come; whatever still comes for it is dropped."""
+
+    async def workers(self) -> list[dict[str, Any]]:
+        """One row a worker: `id, role, pid, state, running, waiting`, `blocks: {state: number}`.
+
+        `kv: {bytes, seconds, transfers, failed}` counts, since its start, what this worker read from its peers.
+        """
+
+    async def health(self) -> tuple[bool, dict[str, Any]]:
+        """True where a token moved lately or nothing was asked; and the details."""

@@ -1,0 +1,304 @@
+"""The OpenAI dialect: what a request body may say, and the bytes of every reply, event and error.
+
+Bodies are decoded and range-checked by msgspec in one pass over the bytes; fields unknown to us are ignored, but a
+known field that would change the answer and is not supported is refused rather than ignored. Not
+responsible for HTTP, tokens or running anything (`api.py`, `exchange.py`).
+"""
+
+import random
+import re
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import msgspec
+from msgspec import Meta
+
+from diptych.engine.executor import Sampling
+from diptych.errors import BadRequest, DiptychError, NotFound, Overloaded, TooLarge, Unavailable
+from diptych.serve.frontend import ModelCard
+
+Prompt = str | list[int]
+
+DEFAULT_COMPLETION_TOKENS = 16
+MAX_STOPS = 16
+DONE = b"data: [DONE]\n\n"
+
+_Count = Annotated[int, Meta(ge=1, le=2**31 - 1)]
+_Rank = Annotated[int, Meta(ge=-(2**31), le=2**31 - 1)]
+
+
+class StreamOptions(msgspec.Struct):
+    """`stream_options` of a request."""
+
+    include_usage: bool | None = None
+
+
+class Call(msgspec.Struct, kw_only=True):
+    """The body of a completion or chat completion. None is "not given", as in OpenAI's API."""
+
+    model: str | None = None
+    prompt: str | list[str | int | list[int]] | None = None
+    messages: list[dict[str, Any]] | None = None
+    tools: list[dict[str, Any]] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    max_tokens: _Count | None = None
+    max_completion_tokens: _Count | None = None
+    min_tokens: Annotated[int, Meta(ge=0)] | None = None
+    temperature: Annotated[float, Meta(ge=0.0, le=2.0)] | None = None
+    top_p: Annotated[float, Meta(gt=0.0, le=1.0)] | None = None
+    top_k: Annotated[int, Meta(ge=-1, le=2**31 - 1)] | None = None
+    seed: Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)] | None = None
+    stop: str | list[str] | None = None
+    stop_token_ids: list[int] | None = None
+    ignore_eos: bool | None = None
+    priority: _Rank | None = None
+    cache_salt: str | None = None
+    timings: bool | None = None  # ours: put the request's waterfall into the reply
+    # Known and not supported; the only value let through is the one that changes nothing (see _NEUTRAL).
+    n: int | None = None
+    best_of: int | None = None
+    echo: bool | None = None
+    suffix: str | None = None
+    logprobs: int | bool | None = None
+    top_logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    frequency_penalty: float | None = None
+    presence_penalty: float | None = None
+    repetition_penalty: float | None = None
+    min_p: float | None = None
+    logit_bias: dict[str, float] | None = None
+    response_format: dict[str, Any] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+
+
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "n": (1,),
+    "best_of": (1,),
+    "echo": (False,),
+    "suffix": ("",),
+    "logprobs": (),  # False is let through below: 0 asks for something, and equals it
+    "top_logprobs": (0,),
+    "prompt_logprobs": (),
+    "frequency_penalty": (0.0,),
+    "presence_penalty": (0.0,),
+    "repetition_penalty": (1.0,),
+    "min_p": (0.0,),
+    "logit_bias": ({},),
+    "response_format": ({"type": "text"},),
+    "tool_choice": ("none", "auto"),
+}
+
+_decode_call = msgspec.json.Decoder(Call).decode
+_encode = msgspec.json.encode
+_PARAM = re.compile(r"\$\.(\w+(?:\[\d+\])*)")
+
+
+def parse(body: bytes, chat: bool) -> Call:
+    """Decode and check a body as far as that needs no model; raises `BadRequest` naming the field."""
+    try:
+        call = _decode_call(body)
+    except msgspec.ValidationError as error:
+        where = _PARAM.search(str(error))
+        raise BadRequest(f"invalid request: {error}", where.group(1) if where else None) from error
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise BadRequest(f"the request body is not valid JSON: {error}") from error
+    needed = "messages" if chat else "prompt"
+    if not getattr(call, needed):
+        raise BadRequest(f"'{needed}' is required and must not be empty", needed)
+    _refuse_unsupported(call)
+    _check_stops(call)
+    if call.stream_options is not None and not call.stream:
+        raise BadRequest("'stream_options' needs 'stream': true", "stream_options")
+    return call
+
+
+def _refuse_unsupported(call: Call) -> None:
+    for name, neutral in _NEUTRAL.items():
+        value = getattr(call, name)
+        if value is not None and value is not False and value not in neutral:
+            raise BadRequest(f"'{name}': {_encode(value).decode()} is not supported", name, "unsupported_parameter")
+
+
+def _check_stops(call: Call) -> None:
+    stops = stop_strings(call)
+    if len(stops) > MAX_STOPS or not all(1 <= len(stop) <= 1024 for stop in stops):
+        raise BadRequest(f"'stop' takes up to {MAX_STOPS} non-empty strings of at most 1024 characters", "stop")
+
+
+def stop_strings(call: Call) -> tuple[str, ...]:
+    """The stop strings, however they were written."""
+    return (call.stop,) if isinstance(call.stop, str) else tuple(call.stop or ())
+
+
+def prompts(call: Call, limit: int) -> list[Prompt]:
+    """The prompts of a completion: one text, one list of ids, or up to `limit` of either."""
+    prompt = call.prompt
+    if isinstance(prompt, str):
+        return [prompt]
+    assert prompt is not None
+    kinds = {type(part) for part in prompt}
+    if len(kinds) != 1:
+        raise BadRequest("'prompt' must not mix texts, token ids and lists of token ids", "prompt")
+    if kinds == {int}:
+        return [prompt]  # type: ignore[list-item]
+    if len(prompt) > limit:
+        raise BadRequest(f"at most {limit} prompts in one request", "prompt")
+    return prompt  # type: ignore[return-value]
+
+
+def check_model(name: str | None, card: ModelCard) -> None:
+    """Refuse a request for a model that is not the one served; none named means that one."""
+    if name is not None and name != card.name and name not in card.aliases:
+        raise NotFound(f"the model '{name}' does not exist; this server has '{card.name}'", "model", "model_not_found")
+
+
+def check_prompt(tokens: list[int], card: ModelCard) -> None:
+    """Refuse an empty prompt and ids outside the vocabulary."""
+    if not tokens:
+        raise BadRequest("the prompt has no tokens", "prompt")
+    if min(tokens) < 0 or max(tokens) >= card.vocab_size:
+        raise BadRequest(f"token ids must be from 0 to {card.vocab_size - 1}", "prompt")
+
+
+def check_stop_ids(call: Call, card: ModelCard) -> None:
+    """Refuse `stop_token_ids` outside the vocabulary."""
+    if call.stop_token_ids and not 0 <= min(call.stop_token_ids) <= max(call.stop_token_ids) < card.vocab_size:
+        raise BadRequest(f"token ids must be from 0 to {card.vocab_size - 1}", "stop_token_ids")
+
+
+def max_new(call: Call, num_prompt: int, card: ModelCard, chat: bool) -> int:
+    """How many tokens may be written; refuses what does not fit into the model's context."""
+    room = card.max_tokens - num_prompt
+    asked = call.max_completion_tokens or call.max_tokens
+    field = "messages" if chat else "prompt"
+    if room < 1:
+        raise too_long(f"the prompt has {num_prompt} tokens", card, field)
+    if asked is None:
+        asked = room if chat else min(DEFAULT_COMPLETION_TOKENS, room)
+    elif asked > room:
+        raise too_long(f"the prompt has {num_prompt} tokens and {asked} more are asked for", card, field)
+    if call.min_tokens and call.min_tokens > asked:
+        raise BadRequest(f"'min_tokens' is {call.min_tokens}, more than the {asked} to be written", "min_tokens")
+    return asked
+
+
+def too_long(what: str, card: ModelCard, param: str) -> BadRequest:
+    """The error for what does not fit into the context."""
+    message = f"this model's context is {card.max_tokens} tokens, prompt and answer together; {what}"
+    return BadRequest(message, param, "context_length_exceeded")
+
+
+def sampling(call: Call, stop_ids: tuple[int, ...]) -> Sampling:
+    """The sampling parameters. Without a seed each request gets its own."""
+    ends = () if call.ignore_eos else stop_ids
+    return Sampling(
+        temperature=1.0 if call.temperature is None else call.temperature,
+        top_k=max(0, call.top_k or 0),
+        top_p=1.0 if call.top_p is None else call.top_p,
+        seed=random.getrandbits(63) if call.seed is None else call.seed % 2**63,
+        stop_ids=tuple(dict.fromkeys((*ends, *(call.stop_token_ids or ())))),
+        min_new=call.min_tokens or 0,
+    )
+
+
+# --- replies ---------------------------------------------------------------------------------------------------
+
+
+def usage(num_prompt: int, num_written: int, num_cached: int) -> dict[str, Any]:
+    """The `usage` object."""
+    return {
+        "prompt_tokens": num_prompt,
+        "completion_tokens": num_written,
+        "total_tokens": num_prompt + num_written,
+        "prompt_tokens_details": {"cached_tokens": num_cached},
+    }
+
+
+def choice(chat: bool, index: int, text: str, finish: str) -> dict[str, Any]:
+    """One finished answer of a reply that is not streamed."""
+    said = {"message": {"role": "assistant", "content": text}} if chat else {"text": text}
+    return {"index": index, **said, "logprobs": None, "finish_reason": finish}
+
+
+def reply(head: dict[str, Any], choices: list[dict[str, Any]], used: dict[str, Any], timings: Any = None) -> bytes:
+    """The body of a reply that is not streamed."""
+    extra = {} if timings is None else {"timings": timings}
+    return _encode({**head, "choices": choices, "usage": used, **extra})
+
+
+def head(chat: bool, streamed: bool, ident: str, created: int, model: str) -> dict[str, Any]:
+    """What every body or event of one reply begins with."""
+    kind = ("chat.completion.chunk" if streamed else "chat.completion") if chat else "text_completion"
+    return {"id": ident, "object": kind, "created": created, "model": model}
+
+
+class Frames:
+    """The server-sent events of one choice, everything but the text encoded once."""
+
+    __slots__ = ("_after", "_before", "_chat", "_close", "_open")
+
+    def __init__(self, chat: bool, head: dict[str, Any], index: int, with_usage: bool):
+        tail = b',"usage":null}\n\n' if with_usage else b"}\n\n"
+        self._chat = chat
+        self._open = b"data: " + _encode(head)[:-1] + b',"choices":[{"index":%d,' % index
+        self._close = tail
+        self._before = self._open + (b'"delta":{"content":' if chat else b'"text":')
+        self._after = (b"}" if chat else b"") + b',"logprobs":null,"finish_reason":null}]' + tail
+
+    def first(self) -> bytes:
+        """The event before any text: chat says who speaks."""
+        if not self._chat:
+            return b""
+        said = b'"delta":{"role":"assistant","content":""},"logprobs":null,"finish_reason":null}]'
+        return self._open + said + self._close
+
+    def text(self, text: str) -> bytes:
+        """More of the answer."""
+        return self._before + _encode(text) + self._after
+
+    def last(self, finish: str, timings: Any = None) -> bytes:
+        """The end of the answer."""
+        said = b'"delta":{}' if self._chat else b'"text":""'
+        extra = b"" if timings is None else b',"timings":' + _encode(timings)
+        return (
+            self._open + said + b',"logprobs":null,"finish_reason":"' + finish.encode() + b'"}]' + extra + self._close
+        )
+
+
+def usage_frame(head: dict[str, Any], used: dict[str, Any]) -> bytes:
+    """The event after all choices where `include_usage` was asked for."""
+    return b"data: " + _encode({**head, "choices": [], "usage": used}) + b"\n\n"
+
+
+# --- errors ----------------------------------------------------------------------------------------------------
+
+
+def error_body(error: DiptychError) -> bytes:
+    """OpenAI's error envelope."""
+    return envelope(str(error), error.kind, getattr(error, "param", None), getattr(error, "code", None))
+
+
+def envelope(message: str, kind: str, param: str | None = None, code: str | None = None) -> bytes:
+    """OpenAI's error envelope, from its parts."""
+    return _encode({"error": {"message": message, "type": kind, "param": param, "code": code}})
+
+
+def error_frame(error: DiptychError) -> bytes:
+    """An error after the stream began, as an event."""
+    return b"data: " + error_body(error) + b"\n\n"
+
+
+_BY_STATUS: dict[int, Callable[[str], DiptychError]] = {
+    400: BadRequest,
+    404: NotFound,
+    413: TooLarge,
+    429: Overloaded,
+    503: Unavailable,
+}
+
+
+def rejection(status: int, why: str) -> DiptychError:
+    """The error for a router's last word on a request."""
+    return _BY_STATUS.get(status, DiptychError)(why)

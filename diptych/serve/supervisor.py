@@ -1,0 +1,207 @@
+"""Starts the processes of a cluster on this host, watches them, and stops them in order.
+
+A worker that ends is started again as a new incarnation, later each time it fails soon; the router and the API process
+are needed, so if one of them ends everything stops with a reason. Not responsible for other hosts: a worker that joins by
+address is what a cluster manager starts.
+"""
+
+import http.client
+import os
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any
+
+import msgspec
+
+from diptych.config import Cluster
+from diptych.errors import ConfigError, DiptychError
+from diptych.serve.process import Orders
+
+START_S = 120.0  # how long a cluster may take to be ready (loading a large model)
+STOP_S = 8.0  # how long a process may take to stop before it is killed
+SOON_S = 10.0  # a worker that ends within this long of its start has failed
+MAX_FAILURES = 5  # failures in a row after which a worker is given up
+POLL_S = 0.1
+
+
+@dataclass(slots=True)
+class Child:
+    """One process of the cluster, over its incarnations."""
+
+    name: str
+    module: str
+    process: "subprocess.Popen[bytes] | None" = None
+    incarnation: int = 0
+    started: float = 0.0
+    failures: int = 0
+    restart_at: float | None = None
+
+
+@dataclass
+class Supervisor:
+    """Runs a cluster: `with Supervisor(cluster) as s: s.wait_ready(); s.watch()`. `port` is known at once."""
+
+    cluster: Cluster
+    on_event: Callable[[str], None] = lambda text: None
+    children: list[Child] = field(default_factory=list)
+
+    def __enter__(self) -> "Supervisor":
+        self._socket = _listen(self.cluster.host, self.cluster.port)
+        self.port: int = self._socket.getsockname()[1]
+        self.runtime = tempfile.mkdtemp(prefix="diptych-")
+        self._key = secrets.token_hex(16)
+        self._start(Child("router", "diptych.serve.router_process"))
+        self._wait_for_router()
+        for worker in self.cluster.workers:
+            self._start(Child(worker.name, "diptych.serve.worker_process"))
+        self._start(Child("api", "diptych.serve.api_process"))
+        self._socket.close()  # the API process has it
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    @property
+    def url(self) -> str:
+        """Where the API answers."""
+        host = self.cluster.host
+        return f"http://{f'[{host}]' if ':' in host else host}:{self.port}"
+
+    def wait_ready(self, timeout_s: float = START_S) -> None:
+        """Return when every worker is up; DiptychError when a process ends before, or it takes too long."""
+        deadline = time.monotonic() + timeout_s
+        while time.monotonic() < deadline:
+            self._check(restart=False)
+            rows = (self._get("/workers") or {}).get("workers", [])
+            if sum(row["state"] == "up" for row in rows) == len(self.cluster.workers):
+                return
+            time.sleep(POLL_S)
+        raise DiptychError(f"the cluster was not ready after {timeout_s:g} s; what it printed says why")
+
+    def watch(self) -> None:
+        """Keep the cluster running until the router or the API process ends."""
+        while True:
+            time.sleep(POLL_S)
+            self._check(restart=True)
+
+    def stop(self) -> None:
+        """Stop everything: the door first, then the workers, then the router."""
+        by_order = {"api": 0, "router": 2}
+        for order in (0, 1, 2):
+            group = [c for c in self.children if c.process and by_order.get(c.name, 1) == order]
+            for child in group:
+                _signal(child, signal.SIGTERM)
+            deadline = time.monotonic() + STOP_S
+            for child in group:
+                _wait(child, deadline)
+        shutil.rmtree(self.runtime, ignore_errors=True)
+
+    def _start(self, child: Child) -> None:
+        fds = (self._socket.fileno(),) if child.name == "api" else ()
+        orders = Orders(
+            self.cluster, self.runtime, self._key, child.name, child.incarnation, fds[0] if fds else None
+        )
+        child.process = subprocess.Popen(
+            [sys.executable, "-m", child.module],
+            stdin=subprocess.PIPE,
+            env=_environment(self.cluster, child.name),
+            pass_fds=fds,
+        )
+        assert child.process.stdin is not None
+        child.process.stdin.write(msgspec.json.encode(orders))
+        child.process.stdin.close()
+        child.started, child.restart_at = time.monotonic(), None
+        if child not in self.children:
+            self.children.append(child)
+
+    def _wait_for_router(self) -> None:
+        deadline = time.monotonic() + START_S
+        while not os.path.exists(f"{self.runtime}/router.sock"):
+            self._check(restart=False)
+            if time.monotonic() > deadline:
+                raise DiptychError("the router did not start")
+            time.sleep(0.01)
+
+    def _check(self, restart: bool) -> None:
+        """Look at every child; restart workers that ended, if they may be, or raise DiptychError."""
+        now = time.monotonic()
+        for child in self.children:
+            if child.restart_at is not None:
+                if now >= child.restart_at:
+                    self._start(child)
+                continue
+            if child.process is None or child.process.poll() is None:
+                continue
+            why = f"{child.name} ended with status {child.process.returncode}"
+            if not restart or child.name in ("router", "api"):
+                raise DiptychError(f"{why}; what it printed says why")
+            self._plan_restart(child, now, why)
+
+    def _plan_restart(self, child: Child, now: float, why: str) -> None:
+        child.failures = child.failures + 1 if now - child.started < SOON_S else 1
+        if child.failures > MAX_FAILURES:
+            self.on_event(f"{why}, {child.failures} times in a row; it is given up")
+            child.process = None
+            return
+        wait_s = 0.1 * 2**child.failures
+        self.on_event(f"{why}; a new one starts in {wait_s:.1f} s")
+        child.incarnation += 1
+        child.restart_at = now + wait_s
+
+    def _get(self, path: str) -> Any:
+        """JSON from the API, or None while it does not answer yet."""
+        connection = http.client.HTTPConnection(self.cluster.host, self.port, timeout=5)
+        try:
+            connection.request("GET", path)
+            response = connection.getresponse()
+            body = response.read()
+            return msgspec.json.decode(body) if response.status == 200 else None
+        except (OSError, http.client.HTTPException):
+            return None
+        finally:
+            connection.close()
+
+
+def _environment(cluster: Cluster, name: str) -> dict[str, str]:
+    """OpenMP threads that spin while they wait would take the core from whoever they wait for."""
+    worker = next((w for w in cluster.workers if w.name == name), None)
+    threads = str(max(len(worker.cores), 1)) if worker else "1"
+    return os.environ | {"OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false"}
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """Bind before anything is started: a port in use is said at once."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        sock.bind((host, port))
+        sock.listen(2048)
+    except OSError as error:
+        raise ConfigError(f"cannot listen on {host}:{port}: {error.strerror}; choose another --port") from None
+    return sock
+
+
+def _signal(child: Child, number: int) -> None:
+    if child.process is not None and child.process.poll() is None:
+        child.process.send_signal(number)
+
+
+def _wait(child: Child, deadline: float) -> None:
+    assert child.process is not None
+    try:
+        child.process.wait(max(deadline - time.monotonic(), 0.1))
+    except subprocess.TimeoutExpired:
+        child.process.kill()
+        child.process.wait()

@@ -1,0 +1,75 @@
+"""Metrics: what a request and a row of a worker become in a scrape."""
+
+from typing import Any
+
+from prometheus_client.parser import text_string_to_metric_families
+
+from diptych.serve.metrics import Metrics, Timer
+
+ROW: dict[str, Any] = {
+    "id": "d0",
+    "role": "decode",
+    "state": "up",
+    "running": 3,
+    "waiting": 1,
+    "blocks": {"free": 5, "held": 2},
+    "kv": {"bytes": 1024, "seconds": 0.5, "transfers": 4, "failed": 1},
+}
+
+
+def scrape(metrics: Metrics, *rows: dict[str, Any]) -> dict[tuple[str, ...], float]:
+    order = ("worker", "role", "state", "reason", "le")
+    return {
+        (sample.name, *(sample.labels[label] for label in order if label in sample.labels)): sample.value
+        for family in text_string_to_metric_families(metrics.expose(rows).decode())
+        for sample in family.samples
+    }
+
+
+def test_a_request_is_counted() -> None:
+    metrics = Metrics()
+    timer = Timer(metrics, arrived=0.0, num_prompt=7)
+    assert scrape(metrics)["diptych_requests_running",] == 1
+    timer.tokens(1)
+    timer.tokens(0)
+    timer.tokens(3)
+    timer.end("stop", cached=4)
+    seen = scrape(metrics)
+    assert seen["diptych_requests_running",] == 0
+    assert seen["diptych_requests_total", "stop"] == 1
+    assert seen["diptych_requests_total", "failed"] == 0
+    assert seen["diptych_prompt_tokens_total",] == 7
+    assert seen["diptych_prompt_tokens_cached_total",] == 4
+    assert seen["diptych_generation_tokens_total",] == 4
+    assert seen["diptych_time_to_first_token_seconds_count",] == 1
+    assert seen["diptych_inter_token_latency_seconds_count",] == 3, "one gap less than tokens"
+    assert seen["diptych_time_per_output_token_seconds_count",] == 1
+    assert seen["diptych_e2e_request_latency_seconds_count",] == 1
+
+
+def test_a_request_that_failed_has_no_latency() -> None:
+    metrics = Metrics()
+    Timer(metrics, arrived=0.0, num_prompt=7).end("failed")
+    seen = scrape(metrics)
+    assert seen["diptych_requests_total", "failed"] == 1
+    assert seen["diptych_e2e_request_latency_seconds_count",] == 0
+    assert seen["diptych_prompt_tokens_total",] == 0, "it never began to answer"
+
+
+def test_workers_are_shown_as_they_are_now() -> None:
+    metrics = Metrics()
+    seen = scrape(metrics, ROW, {"id": "p0", "role": "prefill"})
+    assert seen["diptych_worker_blocks", "d0", "decode", "free"] == 5
+    assert seen["diptych_worker_requests_running", "d0", "decode"] == 3
+    assert seen["diptych_worker_requests_waiting", "d0", "decode"] == 1
+    assert seen["diptych_worker_state", "d0", "decode", "up"] == 1
+    assert seen["diptych_worker_state", "p0", "prefill", "unknown"] == 1
+    assert seen["diptych_kv_transfer_bytes_total", "d0", "decode"] == 1024
+    assert seen["diptych_kv_transfer_failed_total", "d0", "decode"] == 1
+    assert not [name for name in scrape(metrics) if "d0" in name], "a worker that is gone is gone from the scrape"
+
+
+def test_two_processes_worth_of_metrics_do_not_meet() -> None:
+    one, other = Metrics(), Metrics()
+    Timer(one, 0.0, 1).end("stop")
+    assert scrape(other)["diptych_requests_total", "stop"] == 0
