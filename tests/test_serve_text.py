@@ -127,6 +127,7 @@ def test_what_is_missing_is_said(tmp_path: Path) -> None:
 def test_hashes_are_shared_within_a_tenant_only() -> None:
     card = card_of(TEXT)
     tokens = list(range(40))
-    assert len(prompt_hashes(tokens, card)) == 2
-    assert prompt_hashes(tokens, card)[0] == prompt_hashes(tokens[:16], card)[0]
-    assert set(prompt_hashes(tokens, card, "a")).isdisjoint(prompt_hashes(tokens, card, "b"))
+    assert len(prompt_hashes(tokens, card)[1]) == 2
+    assert prompt_hashes(tokens, card)[1][0] == prompt_hashes(tokens[:16], card)[1][0]
+    assert set(prompt_hashes(tokens, card, "a")[1]).isdisjoint(prompt_hashes(tokens, card, "b")[1])
+    assert prompt_hashes(tokens, card, "a")[0] != prompt_hashes(tokens, card, "b")[0]

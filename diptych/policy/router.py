@@ -178,6 +178,11 @@ class Router:
         """The router waits for nothing but events."""
         return None
 
+    def num_paths(self) -> int:
+        """Ways a request can go: mixed workers, and pairs of a prefill and a decode worker."""
+        count = {role: sum(view.role == role for view in self.workers.values()) for role in Role}
+        return count[Role.MIXED] + count[Role.PREFILL] * count[Role.DECODE]
+
     # --- coming in -----------------------------------------------------------------------------------------------
 
     def _submit(self, now: float, event: Submitted) -> None:
@@ -204,15 +209,10 @@ class Router:
             self._send(request, num_tokens, decode, Role.DECODE, prefill)
             self._send(request, num_tokens, prefill, Role.PREFILL, decode)
             self._charge(request, prefill, decode, num_tokens)
-        elif any(self._serves(view) for view in self.workers.values()):
+        elif self.num_paths():
             self._reject(now, request, 400, f"{need} tokens (prompt and answer) do not fit into any worker's KV memory")
         else:
             self._reject(now, request, 503, "no worker is up; try again later")
-
-    def _serves(self, view: WorkerView) -> bool:
-        """It can take part in some request: mixed, or one half of a pair whose other half is up."""
-        other = {Role.PREFILL: Role.DECODE, Role.DECODE: Role.PREFILL}.get(view.role, Role.MIXED)
-        return any(peer.role == other for peer in self.workers.values())
 
     def _pick(self, request: RequestView, role: Role, num_tokens: int) -> WorkerView | None:
         able = [view for view in self.workers.values() if view.role == role and view.fits(num_tokens)]

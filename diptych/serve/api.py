@@ -116,12 +116,14 @@ class Api:
 
     def _job(self, call: openai.Call, tokens: list[int], chat: bool) -> Job:
         openai.check_prompt(tokens, self.card)
+        root, hashes = prompt_hashes(tokens, self.card, call.cache_salt or "")
         return Job(
             tokens=tokens,
             max_new=openai.max_new(call, len(tokens), self.card, chat),
             sampling=openai.sampling(call, self.card.stop_ids),
             priority=call.priority or 0,
-            hashes=prompt_hashes(tokens, self.card, call.cache_salt or ""),
+            root=root,
+            hashes=hashes,
         )
 
     # --- looking in ---

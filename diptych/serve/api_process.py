@@ -47,7 +47,7 @@ class RouterFrontend:
         channel = self._connected()
         request = next(self._numbers)
         stream = self._streams[request] = asyncio.Queue()
-        ticket = Ticket(pack_ids(job.tokens), len(job.tokens), job.sampling)
+        ticket = Ticket(pack_ids(job.tokens), len(job.tokens), job.sampling, job.root)
         channel.say(Submit(request, len(job.tokens), job.max_new, job.priority, job.hashes), pack(ticket))
         return request, stream
 

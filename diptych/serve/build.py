@@ -12,7 +12,6 @@ from diptych.engine.layouts import kv_layout
 from diptych.engine.paced import PacedExecutor, paced_layout
 from diptych.errors import ConfigError
 from diptych.modelfacts import read_facts
-from diptych.policy.hashes import root
 from diptych.policy.messages import Role
 from diptych.policy.worker import Worker
 from diptych.serve.frontend import ModelCard
@@ -30,7 +29,6 @@ class Parts:
     executor: Executor
     pool: Pool
     card: ModelCard
-    root: bytes  # parent of a sequence's first block hash
 
 
 def layout_of(cluster: Cluster, worker: WorkerConfig) -> Layout:
@@ -58,7 +56,7 @@ def build(cluster: Cluster, worker: WorkerConfig) -> Parts:
     model = model_card(cluster, layout, num_blocks)
     pool = Pool(layout, num_blocks)
     policy = Worker(worker.spec(num_blocks))
-    return Parts(policy, _executor(cluster, worker, pool), pool, model, root(model.fingerprint, model.layout, ""))
+    return Parts(policy, _executor(cluster, worker, pool), pool, model)
 
 
 def cluster_card(cluster: Cluster) -> ModelCard:

@@ -32,12 +32,16 @@ class ModelCard:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One prompt to be continued. `hashes` are those of its full blocks; a lower `priority` goes first."""
+    """One prompt to be continued. `hashes` are those of its full blocks, `root` the one before the first.
+
+    A lower `priority` goes first.
+    """
 
     tokens: list[int]
     max_new: int
     sampling: Sampling
     priority: int = 0
+    root: bytes = b""
     hashes: tuple[bytes, ...] = ()
 
 

@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 from diptych.engine.executor import Sampling
 from diptych.errors import BadRequest, DiptychError, TransferError
 from diptych.journal import Journal
-from diptych.policy.hashes import block_hashes
 from diptych.policy.messages import (
     Cancel,
     Emit,
@@ -37,6 +36,7 @@ from diptych.policy.router import Router, RouterSpec
 from diptych.serve.build import Parts
 from diptych.serve.clock import Clock
 from diptych.serve.router import RouterDriver
+from diptych.serve.text import prompt_hashes
 from diptych.serve.wire import Deliver, Ticket, pack_ids, unpack_ids
 from diptych.serve.worker import ToPeer, WorkerDriver
 from diptych.transfer.copying import checksum, read_now
@@ -110,6 +110,7 @@ class LocalCluster:
     def __init__(self, parts: Iterable[Parts], router: RouterSpec | None = None, journal: Path | None = None):
         self.clock: Callable[[], float] = Clock()
         self.parts = {p.policy.spec.name: p for p in parts}
+        self.card = next(iter(self.parts.values())).card
         self._queue: deque[Callable[[], None]] = deque()
         self._numbers = itertools.count(1)
         self._answers: dict[int, Answer] = {}
@@ -117,9 +118,7 @@ class LocalCluster:
         self._journals: list[Journal] = []
         self.router = RouterDriver(Router(spec), self, self.clock, self._record(journal, "router", spec))
         self.workers = {
-            name: WorkerDriver(
-                p.policy, _WorkerPorts(self, p), self.clock, p.root, self._record(journal, name, p.policy.spec)
-            )
+            name: WorkerDriver(p.policy, _WorkerPorts(self, p), self.clock, self._record(journal, name, p.policy.spec))
             for name, p in self.parts.items()
         }
         for p in self.parts.values():
@@ -130,12 +129,11 @@ class LocalCluster:
         """Hand a prompt in; the answer fills while `step` is called."""
         if not tokens:
             raise BadRequest("the prompt is empty", "prompt")
-        parts = next(iter(self.parts.values()))
-        hashes = block_hashes(tokens, parts.policy.spec.block_size, parts.root)
+        root, hashes = prompt_hashes(tokens, self.card)
         number = next(self._numbers)
         answer = self._answers[number] = Answer()
         event = Submitted(number, len(tokens), max_new, hashes, priority)
-        self.router.submit(number, event, Ticket(pack_ids(tokens), len(tokens), sampling))
+        self.router.submit(number, event, Ticket(pack_ids(tokens), len(tokens), sampling, root))
         return answer
 
     def cancel(self, answer: Answer) -> None:

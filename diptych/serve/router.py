@@ -53,6 +53,7 @@ class Open:
     tokens: "array[int]"  # prompt, then what was written
     num_prompt: int
     sampling: Sampling
+    root: bytes
     rid: int = -1
     began: bool = False  # the present attempt has written a token
 
@@ -85,7 +86,7 @@ class RouterDriver:
             self.last_token = self._clock()
         tokens = array("i")
         tokens.frombytes(ticket.tokens)
-        self._open[event.request] = Open(client, tokens, ticket.num_prompt, ticket.sampling)
+        self._open[event.request] = Open(client, tokens, ticket.num_prompt, ticket.sampling, ticket.root)
         self._decide(event)
 
     def cancel(self, request: int) -> None:
@@ -154,9 +155,8 @@ class RouterDriver:
             case Place():
                 open_ = self._open[request_of(order.rid)]
                 open_.rid, open_.began = order.rid, False
-                self._ports.send(
-                    order.worker, order, pack(Ticket(open_.tokens.tobytes(), open_.num_prompt, open_.sampling))
-                )
+                ticket = Ticket(open_.tokens.tobytes(), open_.num_prompt, open_.sampling, open_.root)
+                self._ports.send(order.worker, order, pack(ticket))
             case Cancel():
                 self._ports.send(order.worker, order, b"")
             case Reject(request=request, status=status, why=why):

@@ -1,8 +1,8 @@
 """Starts the processes of a cluster on this host, watches them, and stops them in order.
 
 A worker that ends is started again as a new incarnation, later each time it fails soon; the router and the API process
-are needed, so if one of them ends everything stops with a reason. Not responsible for other hosts: a worker that joins by
-address is what a cluster manager starts.
+are needed, so if one of them ends everything stops with a reason. Not responsible for other hosts: a worker that joins
+by address is what a cluster manager starts.
 """
 
 import http.client
@@ -97,6 +97,7 @@ class Supervisor:
 
     def stop(self) -> None:
         """Stop everything: the door first, then the workers, then the router."""
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # being told twice is no reason to stop halfway
         by_order = {"api": 0, "router": 2}
         for order in (0, 1, 2):
             group = [c for c in self.children if c.process and by_order.get(c.name, 1) == order]
@@ -109,9 +110,7 @@ class Supervisor:
 
     def _start(self, child: Child) -> None:
         fds = (self._socket.fileno(),) if child.name == "api" else ()
-        orders = Orders(
-            self.cluster, self.runtime, self._key, child.name, child.incarnation, fds[0] if fds else None
-        )
+        orders = Orders(self.cluster, self.runtime, self._key, child.name, child.incarnation, fds[0] if fds else None)
         child.process = subprocess.Popen(
             [sys.executable, "-m", child.module],
             stdin=subprocess.PIPE,

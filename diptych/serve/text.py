@@ -133,14 +133,16 @@ class Detokenizer:
             self._mark = max(0, self._mark - start)
 
 
-@lru_cache(maxsize=1024)
-def _root(fingerprint: str, layout: str, tenant: str) -> bytes:
-    return root(fingerprint, layout, tenant)
+_root = lru_cache(maxsize=1024)(root)
 
 
-def prompt_hashes(tokens: Sequence[int], card: ModelCard, tenant: str = "") -> tuple[bytes, ...]:
-    """The hashes under which KV blocks of this prompt are shared; never across models, layouts or tenants."""
-    return block_hashes(tokens, card.block_size, _root(card.fingerprint, card.layout, tenant))
+def prompt_hashes(tokens: Sequence[int], card: ModelCard, tenant: str = "") -> tuple[bytes, tuple[bytes, ...]]:
+    """The hashes under which KV blocks of this prompt are shared; never across models, layouts or tenants.
+
+    Returns the hash before the first block, and those of the full blocks.
+    """
+    root = _root(card.fingerprint, card.layout, tenant)
+    return root, block_hashes(tokens, card.block_size, root)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

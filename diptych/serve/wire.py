@@ -112,12 +112,14 @@ CODEC = journal.POLICY.including(journal.Codec(_OWN_TYPES, first_code=64))
 class Ticket(msgspec.Struct, frozen=True, array_like=True):
     """What a worker needs of a request and policy must not know: token ids (int32) and how to sample.
 
-    The first `num_prompt` tokens are the prompt; any further ones were written by an earlier attempt.
+    The first `num_prompt` tokens are the prompt; any further ones were written by an earlier attempt. `root` is the
+    parent of the first block's hash.
     """
 
     tokens: bytes
     num_prompt: int
     sampling: Sampling
+    root: bytes
 
 
 _ENCODER = msgspec.msgpack.Encoder()

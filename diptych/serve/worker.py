@@ -91,14 +91,13 @@ class Held:
 class WorkerDriver:
     """Drives one policy object. All calls come from one thread."""
 
-    def __init__(self, policy: Worker, ports: Ports, clock: Callable[[], float], root: bytes, journal: Journal | None):
+    def __init__(self, policy: Worker, ports: Ports, clock: Callable[[], float], journal: Journal | None):
         self.policy = policy
         self.num_steps = 0
         self.num_kv_bytes = self.num_transfers = self.num_failed = 0
         self.kv_seconds = 0.0
         self._ports = ports
         self._clock = clock
-        self._root = root  # parent of a sequence's first block hash
         self._journal = journal
         self._held: dict[int, Held] = {}
         self._steps: dict[int, Run] = {}
@@ -171,7 +170,7 @@ class WorkerDriver:
         ticket = unpack_ticket(attachment)
         tokens = array("i")
         tokens.frombytes(ticket.tokens)
-        parent = place.hashes[-1] if place.hashes else self._root
+        parent = place.hashes[-1] if place.hashes else ticket.root
         self._held[place.rid] = Held(tokens, ticket.num_prompt, len(place.hashes), parent, array("Q"))
         self._ports.admit(place.rid, tokens.tolist(), ticket.num_prompt, ticket.sampling)
         for early in self._early.pop(place.rid, []):

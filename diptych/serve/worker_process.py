@@ -68,7 +68,7 @@ class WorkerProcess:
         self._name = spec.name
         folder = orders.cluster.journal
         self._journal = Journal(Path(folder), spec.name, orders.incarnation, spec) if folder else None
-        self._driver = WorkerDriver(parts.policy, self, Clock(), parts.root, self._journal)
+        self._driver = WorkerDriver(parts.policy, self, Clock(), self._journal)
         self._compute = ComputeThread(parts.executor, spec.depth, self._ran)
         self._transport = ShmTransport(spec.name, orders.incarnation, f"{orders.runtime}/shm")
         self._links: dict[str, Link] = {}

@@ -1,0 +1,1 @@
+"""COMPUTES: executors behind one seam (`executor.py`). Importing the package imports no torch; the modules do."""

@@ -1,0 +1,151 @@
+"""The one file that knows transformers: loads a checkpoint into its own model class, with our attention inside.
+
+Refuses, with the reason, what would come out wrong: families not yet vouched for, windows, rotary scaling that looks
+at the whole batch, missing weights; then `probe.py` runs a few tokens. transformers is imported when a model is
+loaded, and of it only what the family's module needs. Not responsible for attention itself, batching or sampling.
+"""
+
+import importlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diptych.engine.attention import Batch, forward_context, paged_attention
+from diptych.errors import ConfigError, UnsupportedModel
+from diptych.modelfacts import ModelFacts, dtype_bytes, read_facts
+
+ATTENTION = "diptych_paged"
+
+# Families whose tokens a test compares with generate(): model_type -> (module, class).
+FAMILIES = {
+    "llama": ("transformers.models.llama.modeling_llama", "LlamaForCausalLM"),
+    "mistral": ("transformers.models.mistral.modeling_mistral", "MistralForCausalLM"),
+    "qwen2": ("transformers.models.qwen2.modeling_qwen2", "Qwen2ForCausalLM"),
+    "qwen3": ("transformers.models.qwen3.modeling_qwen3", "Qwen3ForCausalLM"),
+}
+# Rotary tables that depend on the longest sequence of a forward: in a shared batch they would couple strangers.
+_BATCH_DEPENDENT_ROPE = ("dynamic", "longrope")
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """A loaded checkpoint: `module` is transformers' class, with our attention selected."""
+
+    facts: ModelFacts
+    module: Any
+    dtype: torch.dtype
+    device: torch.device
+
+    def logits(self, batch: Batch, keep: list[int]) -> Tensor:
+        """One forward over a laid-out step; writes its KV. Returns logits [len(keep), vocab] of those tokens."""
+        with torch.inference_mode(), forward_context(batch):
+            rows = torch.tensor(keep, dtype=torch.long, device=self.device)
+            return self._forward(batch.token_ids, batch.positions, rows)
+
+    def reference_logits(self, token_ids: list[int]) -> Tensor:
+        """Logits [tokens, vocab] of one sequence with the model's own eager attention and masks: the probe's truth."""
+        ids = torch.tensor(token_ids, device=self.device)
+        positions = torch.arange(len(token_ids), device=self.device)
+        with torch.inference_mode(), _attention(self.module, "eager"):
+            return self._forward(ids, positions, positions)
+
+    def _forward(self, ids: Tensor, positions: Tensor, keep: Tensor) -> Tensor:
+        out = self.module(
+            input_ids=ids[None], position_ids=positions[None], use_cache=False, logits_to_keep=keep, return_dict=True
+        )
+        logits: Tensor = out.logits[0]
+        return logits
+
+
+def load(model: str | Path, dtype: str | None = None, device: str = "cpu", probe: bool = True) -> Model:
+    """Load a folder or hub name as `dtype` (default: as stored). Raises ConfigError, UnsupportedModel.
+
+    Devices other than the CPU are untested.
+    """
+    facts = read_facts(model)
+    dtype = dtype or facts.dtype
+    dtype_bytes(dtype)
+    torch_dtype = getattr(torch, dtype)
+    if not torch_dtype.is_floating_point:
+        raise ConfigError(f"a model cannot compute in {dtype}; use float32 or bfloat16")
+    module = _load_module(facts, torch_dtype).to(device)
+    loaded = Model(facts, module, torch_dtype, torch.device(device))
+    _refuse_unsupported(facts, module.config)
+    if probe:
+        from diptych.engine.probe import check  # it needs Model
+
+        check(loaded)
+    return loaded
+
+
+def _load_module(facts: ModelFacts, dtype: torch.dtype) -> Any:
+    if facts.model_type not in FAMILIES:
+        raise UnsupportedModel(
+            f"{facts.folder} is a {facts.model_type!r} model ({facts.architecture}); "
+            f"supported so far: {', '.join(FAMILIES)}"
+        )
+    module_name, class_name = FAMILIES[facts.model_type]
+    if facts.architecture != class_name:
+        raise UnsupportedModel(f"{facts.folder} is a {facts.architecture}, not a language model ({class_name})")
+    try:
+        family = importlib.import_module(module_name)
+    except ImportError as error:
+        raise ConfigError(f"transformers cannot be imported ({error}); install diptych[torch]") from error
+    _register()
+    try:
+        module, info = getattr(family, class_name).from_pretrained(
+            facts.folder,
+            dtype=dtype,
+            attn_implementation=ATTENTION,
+            use_safetensors=True,
+            local_files_only=True,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ConfigError(f"{facts.folder} cannot be loaded: {error}") from error
+    # transformers fills what is missing with random numbers and warns; a server must not.
+    if lacking := sorted({*info["missing_keys"], *map(str, info["mismatched_keys"])}):
+        raise ConfigError(f"{facts.folder} lacks weights, or has them in another shape: {', '.join(lacking[:5])}")
+    return module.eval().requires_grad_(False)
+
+
+def _register() -> None:
+    """Make our attention selectable by name. No mask function goes with it: transformers then makes no masks."""
+    from transformers import AttentionInterface
+    from transformers.utils import logging
+
+    AttentionInterface.register(ATTENTION, paged_attention)
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # a worker's stderr is a log
+
+
+def _refuse_unsupported(facts: ModelFacts, config: Any) -> None:
+    """Raise UnsupportedModel for what a probe of a few tokens cannot notice."""
+    reasons = []
+    window = getattr(config, "sliding_window", None)
+    windowed = "sliding_attention" in (getattr(config, "layer_types", None) or ["sliding_attention"])
+    if window is not None and windowed and window < facts.max_positions:
+        reasons.append(f"its sliding window of {window} tokens is shorter than its {facts.max_positions} positions")
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") in _BATCH_DEPENDENT_ROPE:
+        reasons.append(f"its rotary scaling {rope['rope_type']!r} depends on the longest sequence in the batch")
+    if getattr(config, "quantization_config", None):
+        reasons.append("its weights are quantized")
+    if not getattr(config, "is_causal", True):
+        reasons.append("it is not causal")
+    if reasons:
+        raise UnsupportedModel(f"{facts.folder} is not supported: {'; '.join(reasons)}")
+
+
+@contextmanager
+def _attention(module: Any, name: str) -> Iterator[None]:
+    """Select another attention function for a while."""
+    module.config._attn_implementation = name
+    try:
+        yield
+    finally:
+        module.config._attn_implementation = ATTENTION

@@ -1,0 +1,67 @@
+"""The seam between deciding and computing: what a worker's driver asks of whatever runs the model.
+
+Implementations: `torch_executor.TorchExecutor` (the real one) and `paced.PacedExecutor` (real KV bytes, slept time).
+An executor keeps the token ids and block tables of the sequences it was told of, and nothing else: it
+decides nothing, and never sees a request's history beyond its tokens.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from diptych.policy.messages import Run
+from diptych.transfer.pool import Pool
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How to choose a sequence's next token. A function of these, the seed, the position and the logits only.
+
+    temperature 0 is greedy. `top_k` 0 and `top_p` 1.0 are off. `stop_ids` end the sequence unless fewer
+    than `min_new` tokens were written; the executor reports such an end, the policy knows `max_new`.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+    stop_ids: tuple[int, ...] = ()
+    min_new: int = 0
+
+
+@dataclass(slots=True)
+class Result:
+    """What a step yielded: for each slice with `sample`, in order, (rid, token, ended by a stop id)."""
+
+    tokens: list[tuple[int, int, bool]] = field(default_factory=list)
+    elapsed_s: float = 0.0
+
+
+class Executor(Protocol):
+    """Runs steps over a paged pool. Calls come from one thread; `collect` blocks until its step is done.
+
+    Up to two steps may be in flight: a slice launched before its predecessor was collected means by
+    "last known token" the one the earlier step will sample. `pool` is the memory the KV lives in.
+    """
+
+    pool: Pool
+
+    def admit(self, rid: int, tokens: list[int], num_prompt: int, sampling: Sampling) -> None:
+        """Make a sequence known: its token ids so far (prompt, then generated). Costs no compute."""
+
+    def extend(self, rid: int, tokens: list[int]) -> None:
+        """Append token ids computed elsewhere (the first token, sampled by the prefill side)."""
+
+    def tokens(self, rid: int) -> list[int]:
+        """All token ids of a sequence known by now (a live list: do not change it)."""
+
+    def forget(self, rid: int) -> None:
+        """Drop everything known of a sequence; unknown ids are ignored."""
+
+    def truncate(self, rid: int, num_tokens: int) -> None:
+        """Keep only the first `num_tokens` token ids of a sequence."""
+
+    def launch(self, step: Run) -> Any:
+        """Start a step; returns a handle for `collect`."""
+
+    def collect(self, handle: Any) -> Result:
+        """Wait for a launched step and return what it sampled."""

@@ -1,0 +1,93 @@
+"""The executor that computes: packs a step into one row of tokens, runs the model over the paged pool, samples.
+
+A step is laid out and computed in `collect`, in launch order; `launch` only notes what it was told, so it is cheap
+and may run ahead by a step. Not responsible for decisions, nor for the model's inside (`adapter.py`, `attention.py`).
+"""
+
+import time
+
+import torch
+from torch import Tensor
+
+from diptych.engine.adapter import Model
+from diptych.engine.attention import PagedKV, lay_out
+from diptych.engine.executor import Result, Sampling
+from diptych.engine.layouts import kv_layout
+from diptych.engine.sampler import choose
+from diptych.engine.sequence import InOrder, Launch, SequenceTable
+from diptych.errors import ConfigError
+from diptych.policy.messages import Run
+from diptych.transfer.pool import Pool
+
+__all__ = ["TorchExecutor", "kv_layout", "pages_of"]
+
+
+class TorchExecutor:
+    """An `Executor` over a loaded model and a pool of `kv_layout`. `num_threads` is torch's, for the whole process.
+
+    On a device other than the CPU the KV lives in device memory and the pool's own bytes are not used: transfers
+    from there are a later issue, and that path has never been run.
+    """
+
+    def __init__(self, model: Model, pool: Pool, num_threads: int | None = None) -> None:
+        if num_threads:
+            torch.set_num_threads(num_threads)
+        self.model = model
+        self.pool = pool
+        pages = pages_of(pool)
+        if pages.dtype != model.dtype:
+            raise ConfigError(f"the pool holds {pages.dtype}, the model computes in {model.dtype}: they must agree")
+        pool.layout.check(kv_layout(model.facts, pool.layout.dtype, pool.layout.block_size))
+        if model.device.type != "cpu":
+            pages = torch.zeros_like(pages, device=model.device)
+        self._kv = PagedKV(pages)
+        self._sequences = SequenceTable(pool.layout.block_size)
+        self._steps = InOrder(self._compute)
+
+    def admit(self, rid: int, tokens: list[int], num_prompt: int, sampling: Sampling) -> None:
+        """Make a sequence known."""
+        self._sequences.admit(rid, tokens, num_prompt, sampling)
+
+    def extend(self, rid: int, tokens: list[int]) -> None:
+        """Append token ids computed elsewhere."""
+        self._sequences.extend(rid, tokens)
+
+    def tokens(self, rid: int) -> list[int]:
+        """All token ids known of a sequence (the live list)."""
+        return self._sequences.tokens(rid)
+
+    def forget(self, rid: int) -> None:
+        """Drop a sequence."""
+        self._sequences.forget(rid)
+
+    def truncate(self, rid: int, num_tokens: int) -> None:
+        """Keep only the first `num_tokens` ids."""
+        self._sequences.truncate(rid, num_tokens)
+
+    def launch(self, step: Run) -> Launch:
+        """Note a step."""
+        return self._steps.add(Launch(self._sequences.take(step), time.monotonic()))
+
+    def collect(self, handle: Launch) -> Result:
+        """Compute all steps up to this one; returns what it sampled. `elapsed_s` is computing time alone."""
+        return self._steps.finish(handle)
+
+    def _compute(self, launch: Launch) -> Result:
+        begin_s = time.monotonic()
+        batch = lay_out(launch.pieces, self._kv)
+        sampled = [(piece, last) for piece, last in zip(launch.pieces, batch.last, strict=True) if piece.sample]
+        logits = self.model.logits(batch, [last for _, last in sampled])
+        result = Result()
+        if sampled:
+            pieces = [piece for piece, _ in sampled]
+            tokens = choose(logits, [p.sequence.sampling for p in pieces], [p.end for p in pieces])
+            for piece, token in zip(pieces, tokens, strict=True):
+                result.tokens.append((piece.rid, token, piece.sequence.append_sampled(token)))
+        result.elapsed_s = time.monotonic() - begin_s
+        return result
+
+
+def pages_of(pool: Pool) -> Tensor:
+    """The pool's bytes as a tensor [block, layer, K/V, head, token, dim] that shares their memory."""
+    dtype = getattr(torch, pool.layout.dtype)
+    return torch.from_numpy(pool.view.reshape(-1)).view(dtype).view(pool.num_blocks, *pool.layout.shape)

@@ -1,0 +1,171 @@
+"""What must be known of a model before anything is loaded: sizes, KV bytes, special ids, a fingerprint.
+
+Read from a checkpoint folder's `config.json` and `generation_config.json` with the standard library alone, so that
+processes that never import torch (API, router, planner) can size pools and salt hashes. Not responsible for
+judging whether the engine can run the model (`engine/adapter.py`), nor for tokenizers (`serve/text.py`).
+"""
+
+import json
+from dataclasses import dataclass
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+from diptych.errors import ConfigError
+
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "uint8": 1, "int8": 1}
+WEIGHT_SUFFIXES = (".safetensors", ".safetensors.index.json", ".bin")
+
+# What families call the same thing in config.json; the first name present counts.
+_NAMES = {
+    "num_layers": ("num_hidden_layers", "n_layer", "num_layers"),
+    "hidden": ("hidden_size", "n_embd", "d_model"),
+    "num_heads": ("num_attention_heads", "n_head", "num_heads"),
+    "vocab": ("vocab_size",),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFacts:
+    """A checkpoint in numbers. `dtype` is the one its weights are stored in; `num_params` is an estimate."""
+
+    folder: str
+    architecture: str  # class name, for example LlamaForCausalLM
+    model_type: str  # family, for example llama
+    num_layers: int
+    hidden: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocab: int
+    max_positions: int
+    dtype: str
+    num_params: int
+    eos_ids: tuple[int, ...]
+    bos_id: int | None
+    fingerprint: str  # hex; changes with the configuration and with the weight files' names and sizes
+
+    def kv_bytes_per_token(self, dtype: str | None = None) -> int:
+        """Bytes of keys and values that one token leaves in all layers, stored as `dtype` (default: the weights')."""
+        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * dtype_bytes(dtype or self.dtype)
+
+    def weight_bytes(self, dtype: str | None = None) -> int:
+        """Bytes that the weights take, stored as `dtype` (an estimate, as `num_params` is)."""
+        return self.num_params * dtype_bytes(dtype or self.dtype)
+
+
+def dtype_bytes(dtype: str) -> int:
+    """Bytes of one value of a dtype given by name; ConfigError where the name is unknown."""
+    if dtype not in DTYPE_BYTES:
+        raise ConfigError(f"unknown dtype {dtype!r}; use one of {', '.join(DTYPE_BYTES)}")
+    return DTYPE_BYTES[dtype]
+
+
+def read_facts(model: str | Path) -> ModelFacts:
+    """The facts of a checkpoint: a folder, or a hub name (see `locate`). ConfigError says what to change."""
+    folder = locate(model)
+    outer = _read_json(folder / "config.json")
+    # A multimodal checkpoint nests its language model; what that part does not say, the outer file does.
+    config = {**outer, **outer.get("text_config", {})}
+    generation_path = folder / "generation_config.json"
+    generation = _read_json(generation_path) if generation_path.exists() else {}
+    num_heads = _required(config, "num_heads", folder)
+    hidden = _required(config, "hidden", folder)
+    return ModelFacts(
+        folder=str(folder),
+        architecture=(outer.get("architectures") or ["?"])[0],
+        model_type=outer.get("model_type", "?"),
+        num_layers=_required(config, "num_layers", folder),
+        hidden=hidden,
+        num_heads=num_heads,
+        num_kv_heads=config.get("num_key_value_heads") or num_heads,
+        head_dim=config.get("head_dim") or hidden // num_heads,
+        vocab=_required(config, "vocab", folder),
+        max_positions=config.get("max_position_embeddings") or config.get("n_positions") or 2048,
+        dtype=_dtype(config),
+        num_params=_estimate_params(config, hidden, num_heads),
+        eos_ids=_ids(generation.get("eos_token_id", config.get("eos_token_id"))),
+        bos_id=next(iter(_ids(generation.get("bos_token_id", config.get("bos_token_id")))), None),
+        fingerprint=_fingerprint(folder),
+    )
+
+
+def locate(model: str | Path) -> Path:
+    """The local folder of a checkpoint. A name that is no folder is looked up on the Hugging Face hub (and cached)."""
+    folder = Path(model).expanduser()
+    if (folder / "config.json").is_file():
+        return folder
+    if folder.exists():
+        raise ConfigError(f"{folder} has no config.json; --model wants a checkpoint folder or a hub name")
+    return _download(str(model))
+
+
+def _download(name: str) -> Path:
+    """A hub repository's snapshot: from the cache where it is complete, otherwise over the network."""
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError as error:
+        raise ConfigError(f"{name} is no folder, and huggingface_hub is not installed to look it up") from error
+    wanted = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
+    try:
+        return Path(snapshot_download(name, allow_patterns=wanted))
+    except Exception as error:  # the client has a dozen kinds: no such name, no network, gated, bad syntax
+        raise ConfigError(f"{name!r} is neither a checkpoint folder nor to be had from the hub: {error}") from error
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise ConfigError(f"{path} is missing; is this a checkpoint folder?") from None
+    except ValueError as error:
+        raise ConfigError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ConfigError(f"{path} should hold a JSON object")
+    return value
+
+
+def _required(config: dict[str, Any], fact: str, folder: Path) -> int:
+    for name in _NAMES[fact]:
+        if isinstance(config.get(name), int):
+            return int(config[name])
+    raise ConfigError(f"{folder}/config.json does not say {_NAMES[fact][0]}; is this a decoder-only language model?")
+
+
+def _dtype(config: dict[str, Any]) -> str:
+    """The stored dtype. `torch_dtype` is what transformers wrote before version 5; without either it is float32."""
+    dtype = str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch.")
+    dtype_bytes(dtype)
+    return dtype
+
+
+def _ids(value: int | list[int] | None) -> tuple[int, ...]:
+    match value:
+        case None:
+            return ()
+        case int():
+            return (value,)
+        case _:
+            return tuple(value)
+
+
+def _estimate_params(config: dict[str, Any], hidden: int, num_heads: int) -> int:
+    """Parameters of a Llama-like decoder of these sizes: projections, gated MLP or experts, embeddings, norms."""
+    layers = next(config[name] for name in _NAMES["num_layers"] if name in config)
+    head_dim = config.get("head_dim") or hidden // num_heads
+    kv_width = (config.get("num_key_value_heads") or num_heads) * head_dim
+    attention = 2 * hidden * num_heads * head_dim + 2 * hidden * kv_width
+    experts = config.get("num_local_experts") or config.get("num_experts") or 0
+    width = config.get("moe_intermediate_size") if experts else None
+    mlp = 3 * hidden * (width or config.get("intermediate_size") or 4 * hidden) * max(experts, 1) + hidden * experts
+    embeddings = config["vocab_size"] * hidden * (1 if config.get("tie_word_embeddings", False) else 2)
+    return int(layers * (attention + mlp + 2 * hidden) + embeddings + hidden)
+
+
+def _fingerprint(folder: Path) -> str:
+    """blake2b-128 over config.json and the weight files' names and sizes: cheap, and new weights rarely keep both."""
+    digest = blake2b((folder / "config.json").read_bytes(), digest_size=16)
+    for path in sorted(folder.iterdir()):
+        if path.name.endswith(WEIGHT_SUFFIXES):
+            digest.update(f"\0{path.name}\0{path.stat().st_size}".encode())
+    return digest.hexdigest()

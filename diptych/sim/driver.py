@@ -1,0 +1,417 @@
+"""The virtual-time driver: one router and any number of workers, the very objects that serve live.
+
+Carries out what they order against a clock that jumps: steps take what the cost model says, reads share links, messages
+take their time and keep their order for each (sender, receiver). Same arguments, same bytes.
+
+Not responsible for any decision. Of what policies do not know it keeps the true output lengths and the tokens the
+client has.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+
+from diptych.policy.batching import WorkerSpec
+from diptych.policy.messages import (
+    MAX_ATTEMPTS,
+    Answer,
+    Beat,
+    Cancel,
+    Cancelled,
+    CancelPull,
+    Done,
+    Drop,
+    Emit,
+    Failed,
+    Finish,
+    Message,
+    Offer,
+    PeerLost,
+    Place,
+    Progress,
+    Publish,
+    Pull,
+    Reason,
+    Reject,
+    Revoke,
+    RouterEvent,
+    RouterOrder,
+    Run,
+    Submitted,
+    Tick,
+    WorkerEvent,
+    WorkerLost,
+    WorkerOrder,
+    WorkerUp,
+    request_of,
+)
+from diptych.policy.router import Router, RouterSpec
+from diptych.sim.agenda import Agenda, instant, not_before, seconds
+from diptych.sim.conditions import Calm, ClientGone, Conditions, Happening
+from diptych.sim.costs import Costs, Link
+from diptych.sim.machine import Execution, Machine
+from diptych.sim.reads import Reads
+from diptych.sim.streams import Stream
+from diptych.sim.workload import Arrival
+
+ROUTER = "router"
+GIVEN_UP = (Reason.PEER_LOST, Reason.REFUSED, Reason.WORKER_LOST)
+
+PeerMessage = Offer | Publish | Done | Answer | Revoke | Drop | Beat
+Observer = Callable[[float, str, Message, Sequence[Message]], None]
+
+
+class Stuck(RuntimeError):
+    """More happened than was allowed for: something goes round in circles."""
+
+
+@dataclass(frozen=True, slots=True)
+class MachineStats:
+    """What one worker did."""
+
+    name: str
+    role: str
+    busy_s: float
+    num_steps: int
+    num_preempted: int
+
+
+@dataclass(frozen=True, slots=True)
+class SimResult:
+    """What came of a simulation. `counts` are the router's: submitted, finished, rejected, cancelled, failed."""
+
+    streams: tuple[Stream, ...]
+    machines: tuple[MachineStats, ...]
+    counts: dict[str, int]
+    duration_s: float
+    num_events: int
+    kv_bytes: int
+
+
+class Simulation:
+    """One run. `observer(now, name, event, orders)` hears everything every object hears and says.
+
+    bulk: take steps that repeat as one where nothing can change. num_events: at most, then Stuck is raised.
+    """
+
+    def __init__(
+        self,
+        cluster: Sequence[WorkerSpec],
+        router: RouterSpec,
+        costs: Costs,
+        link: Link,
+        arrivals: Iterable[Arrival],
+        *,
+        conditions: Conditions | None = None,
+        happenings: Sequence[Happening] = (),
+        observer: Observer | None = None,
+        bulk: bool = True,
+        num_events: int | None = None,
+    ):
+        if len({spec.name for spec in cluster}) < len(cluster) or ROUTER in {spec.name for spec in cluster}:
+            raise ValueError("workers need names of their own")
+        if len({spec.block_size for spec in cluster}) > 1:
+            raise ValueError("workers of one cluster share a block size: KV travels between them, and so do hashes")
+        arrivals = list(arrivals)
+        self.agenda = Agenda()
+        self.router = Router(router)
+        self.machines = {s.name: Machine(i, s, costs.of(s.name), arrivals) for i, s in enumerate(cluster)}
+        self.streams = [Stream(i, arrival) for i, arrival in enumerate(arrivals)]
+        self._conditions = conditions or Calm(costs.message_s, costs.settle_s)
+        self.reads = Reads(self, link, self._conditions, costs.kv_bytes_per_token)
+        self._observer = observer
+        self._bulk = bulk
+        self._num_events = num_events
+        self._last: dict[tuple[str, str], int] = {}  # when the latest message of a pair arrives
+        self._known: dict[str, int] = {}  # the incarnation of each worker the router is connected to
+        self._spoken: set[int] = set()  # attempts of which the client has a token
+        self._executed: Execution | None = None  # whose StepDone is being told
+        self._begin(happenings)
+
+    @property
+    def rank(self) -> int:
+        """Of everything that is neither the end of a step (below) nor a tick (above)."""
+        return len(self.machines)
+
+    def run(self) -> SimResult:
+        """Let everything happen."""
+        agenda = self.agenda
+        while agenda.step():
+            if self._num_events is not None and agenda.num_happened > self._num_events:
+                raise Stuck(f"{agenda.num_happened} events, at {seconds(agenda.now)} s; {self.router.num}")
+        return self._result()
+
+    # --- beginning and end ---------------------------------------------------------------------------------------
+
+    def _begin(self, happenings: Sequence[Happening]) -> None:
+        for machine in self.machines.values():
+            self._introduce(machine)
+        for happening in happenings:
+            when = instant(happening.time_s)
+            if isinstance(happening, ClientGone):
+                self.agenda.at(when, self.rank, self._tell_router, Cancelled(happening.request))
+            else:
+                self.agenda.at(when, self.rank, self._die, self.machines[happening.worker], happening.back_after_s)
+        self._await_arrival(0)
+
+    def _await_arrival(self, index: int) -> None:
+        if index < len(self.streams):
+            when = instant(self.streams[index].arrival.time_s)
+            self.agenda.at(when, self.rank, self._arrive, index)
+
+    def _arrive(self, index: int) -> None:
+        wanted = self.streams[index].arrival
+        self._tell_router(Submitted(index, wanted.num_prompt, wanted.max_new, wanted.hashes, wanted.priority))
+        self._await_arrival(index + 1)
+
+    def _introduce(self, machine: Machine) -> None:
+        spec = machine.spec
+        up = WorkerUp(spec.name, machine.incarnation, spec.role, spec.num_blocks, spec.block_size)
+        if self.agenda.num_happened == 0:
+            self._tell_router(up)  # the cluster stands before the first request
+        else:
+            self._report(machine, up)
+
+    def _result(self) -> SimResult:
+        machines = tuple(
+            MachineStats(
+                m.spec.name,
+                m.spec.role,
+                seconds(m.busy),
+                m.num_steps,
+                m.num_preempted + (m.worker.num_preempted if m.alive else 0),
+            )
+            for m in self.machines.values()
+        )
+        ended = max((stream.ended for stream in self.streams), default=0)
+        return SimResult(
+            tuple(self.streams), machines, dict(self.router.num), seconds(ended), self.agenda.num_happened,
+            self.reads.num_bytes,
+        )  # fmt: skip
+
+    # --- the router ----------------------------------------------------------------------------------------------
+
+    def _report(self, machine: Machine, event: RouterEvent) -> None:
+        """A worker, or whoever watches over it, says something to the router."""
+        when = self._delivery(machine.spec.name, ROUTER)
+        self.agenda.at(when, self.rank, self._tell_router, event)
+
+    def _tell_router(self, event: RouterEvent) -> None:
+        match event:
+            case Finish() if event.reason in GIVEN_UP:
+                have = self.streams[request_of(event.rid)].num_tokens
+                event = Failed(event.rid, event.worker, have, event.reason)
+            case Finish():
+                self._note_finish(event)
+            case WorkerLost(worker=worker):
+                event = WorkerLost(worker, self._emitted(worker))
+            case WorkerUp():
+                self._known[event.worker] = event.incarnation
+            case Cancelled(request=request) if request in self.router.requests:
+                self._close(request, "cancelled", "")
+        now = seconds(self.agenda.now)
+        orders = self.router.on(now, event)
+        if self._observer is not None:
+            self._observer(now, ROUTER, event, orders)
+        for order in orders:
+            self._carry_out_router(order)
+
+    def _carry_out_router(self, order: RouterOrder) -> None:
+        match order:
+            case Place() | Cancel():
+                if isinstance(order, Place):
+                    stream = self.streams[request_of(order.rid)]
+                    stream.paired = order.peer != ""
+                    stream.num_attempts = order.rid % MAX_ATTEMPTS + 1
+                machine = self.machines[order.worker]
+                when = self._delivery(ROUTER, order.worker)
+                self.agenda.at(when, self.rank, self._deliver, machine, self._known[order.worker], order)
+            case Reject():
+                began = self.streams[order.request].num_attempts > 0
+                self._close(order.request, "failed" if began else "rejected", order.why)
+
+    def _note_finish(self, event: Finish) -> None:
+        """Keep how long each rung took; the stream ends here if this is how its request ends."""
+        if not self._is_present(event.rid):
+            return
+        stream = self.streams[request_of(event.rid)]
+        for rung, spent in event.rungs:
+            stream.rungs[rung] = stream.rungs.get(rung, 0.0) + spent
+        if event.reason in (Reason.STOP, Reason.LENGTH):
+            self._close(stream.request, "finished", event.reason)
+
+    def _emitted(self, worker: str) -> tuple[tuple[int, int], ...]:
+        """What the clients of a lost worker's requests have."""
+        return tuple(
+            (view.rid, self.streams[number].num_tokens)
+            for number, view in self.router.requests.items()
+            if worker in (view.prefill, view.decode)
+        )
+
+    def _is_present(self, rid: int) -> bool:
+        """What an earlier attempt still says is dropped."""
+        view = self.router.requests.get(request_of(rid))
+        return view is not None and view.rid == rid
+
+    def _close(self, request: int, status: str, why: str) -> None:
+        stream = self.streams[request]
+        stream.status, stream.why, stream.ended = status, why, self.agenda.now
+
+    # --- workers -------------------------------------------------------------------------------------------------
+
+    def _deliver(self, machine: Machine, incarnation: int, event: WorkerEvent) -> None:
+        """A message arrives, if the process it was sent to still lives."""
+        if machine.alive and machine.incarnation == incarnation:
+            if isinstance(event, Place):
+                machine.placed.add(event.rid)
+            self.tell(machine, event)
+
+    def tell(self, machine: Machine, event: WorkerEvent) -> None:
+        """A worker hears something now; of a bulk of steps those that are done come first."""
+        self._catch_up(machine)
+        self._tell(machine, self.agenda.now, event)
+
+    def _tell(self, machine: Machine, when: int, event: WorkerEvent) -> None:
+        now = seconds(when)
+        if isinstance(event, Tick):
+            now = max(now, machine.worker.next_deadline() or now)
+        orders = machine.worker.on(now, event)
+        if self._observer is not None:
+            self._observer(now, machine.spec.name, event, orders)
+        for order in orders:
+            self._carry_out(machine, when, order)
+        self._plan_end(machine)
+        self._plan_tick(machine)
+
+    def _carry_out(self, machine: Machine, when: int, order: WorkerOrder) -> None:
+        match order:
+            case Run():
+                machine.submit(order, when)
+            case Emit():
+                self._emit(machine, order)
+            case Finish():
+                self._report(machine, order)
+            case Pull():
+                self.reads.start(machine, order)
+            case CancelPull(pull=pull):
+                self.reads.cancel(machine, pull)
+            case _:
+                self._send(machine, order)
+
+    def _emit(self, machine: Machine, order: Emit) -> None:
+        if not self._is_present(order.rid):
+            return
+        execution = self._executed
+        assert execution is not None, "tokens come from steps"
+        stream = self.streams[request_of(order.rid)]
+        stream.append(order.first, execution.stretch(order.count))
+        if order.rid not in self._spoken:
+            self._spoken.add(order.rid)
+            self._report(machine, Progress(order.rid))
+
+    def _send(self, machine: Machine, order: PeerMessage) -> None:
+        """To a peer; one that is gone is reported as lost, again if need be."""
+        sender, peer = machine.spec.name, self.machines[order.peer]
+        if peer.alive:
+            when = self._delivery(sender, order.peer)
+            self.agenda.at(when, self.rank, self._deliver, peer, peer.incarnation, replace(order, peer=sender))
+        else:
+            when = self._delivery(order.peer, sender)
+            self.agenda.at(when, self.rank, self._deliver, machine, machine.incarnation, PeerLost(order.peer))
+
+    def _delivery(self, sender: str, receiver: str) -> int:
+        """When a message sent now arrives: never before an earlier one."""
+        when = self.agenda.now + instant(self._conditions.message_s(sender, receiver))
+        when = self._last[sender, receiver] = max(when, self._last.get((sender, receiver), 0))
+        return when
+
+    # --- steps and ticks -----------------------------------------------------------------------------------------
+
+    def _plan_end(self, machine: Machine) -> None:
+        """Settle how often the step under way repeats, now that something may have changed."""
+        execution = machine.execution
+        if execution is None:
+            return
+        count = machine.repeats() if self._bulk else 1
+        if count != execution.count or not execution.planned:
+            execution.count, execution.planned = count, True
+            self.agenda.at(execution.end(count), machine.index, self._step_end, machine, execution, count)
+
+    def _step_end(self, machine: Machine, execution: Execution, count: int) -> None:
+        if machine.execution is execution and execution.count == count:
+            self._complete(machine, self.agenda.now, count)
+
+    def _catch_up(self, machine: Machine) -> None:
+        """Tell of the steps of a bulk that are done; the one under way goes on."""
+        execution = machine.execution
+        if execution is not None and execution.count > 1:
+            count = machine.whole_steps(self.agenda.now)
+            if count:
+                self._complete(machine, execution.end(count), count)
+
+    def _complete(self, machine: Machine, when: int, count: int) -> None:
+        self._executed, event = machine.finish(count)
+        machine.start(when)
+        self._tell(machine, when, event)
+        self._executed = None
+
+    def _plan_tick(self, machine: Machine) -> None:
+        deadline = machine.worker.next_deadline()
+        if deadline is not None:
+            when = max(not_before(deadline), self.agenda.now)
+            if machine.tick_at is None or when < machine.tick_at:
+                machine.tick_at = when
+                self.agenda.at(when, self.rank + 1 + machine.index, self._tick, machine, machine.incarnation, when)
+
+    def _tick(self, machine: Machine, incarnation: int, when: int) -> None:
+        if not machine.alive or machine.incarnation != incarnation or machine.tick_at != when:
+            return
+        machine.tick_at = None
+        deadline = machine.worker.next_deadline()
+        if deadline is not None and not_before(deadline) <= when:
+            self.tell(machine, Tick())
+        else:
+            self._plan_tick(machine)
+
+    # --- deaths --------------------------------------------------------------------------------------------------
+
+    def _die(self, machine: Machine, back_after_s: float | None) -> None:
+        if not machine.alive:
+            return
+        self._catch_up(machine)
+        machine.die()
+        name = machine.spec.name
+        self.reads.lose(machine)
+        heard = self.agenda.now
+        for other in self.machines.values():
+            if other.alive:
+                when = self._delivery(name, other.spec.name)
+                self.agenda.at(when, self.rank, self._deliver, other, other.incarnation, PeerLost(name))
+                heard = max(heard, when)
+        self._report(machine, WorkerLost(name))
+        if back_after_s is not None:
+            back = max(self.agenda.now + instant(back_after_s), heard)  # it is up once every peer is connected to it
+            self.agenda.at(back, self.rank, self._revive, machine)
+
+    def _revive(self, machine: Machine) -> None:
+        machine.revive()
+        self._introduce(machine)
+
+
+def simulate(
+    cluster: Sequence[WorkerSpec],
+    router: RouterSpec,
+    costs: Costs,
+    link: Link,
+    arrivals: Iterable[Arrival],
+    *,
+    conditions: Conditions | None = None,
+    happenings: Sequence[Happening] = (),
+    observer: Observer | None = None,
+    bulk: bool = True,
+    num_events: int | None = None,
+) -> SimResult:
+    """Run a workload through a cluster in virtual time. Chance is in the arrivals and conditions, which have seeds."""
+    return Simulation(
+        cluster, router, costs, link, arrivals,
+        conditions=conditions, happenings=happenings, observer=observer, bulk=bulk, num_events=num_events,
+    ).run()  # fmt: skip

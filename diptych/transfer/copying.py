@@ -1,0 +1,112 @@
+"""From a plan to bytes: checks it against both pools, copies by one native call, verifies the checksums.
+
+No event loop and no threads: whoever calls `Copy.run` lends it the thread it blocks. `read_now` is the whole way for a
+driver that has none (an in-process test harness); the transports go through `reading.py`.
+
+Not responsible for deadlines or for when target blocks may be used again.
+"""
+
+import time
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from diptych.errors import LayoutMismatch, ProtocolError, TransferError
+from diptych.transfer import native
+from diptych.transfer.layout import Layout, Pieces
+from diptych.transfer.pool import Pool
+from diptych.transfer.seam import Plan, Stats
+
+
+@dataclass(frozen=True, slots=True)
+class Copy:
+    """A checked plan with the memory it runs over; holding it keeps both mappings alive."""
+
+    source: native.Blocks
+    target: native.Blocks
+    source_ids: native.Ids
+    target_ids: native.Ids
+    checksums: NDArray[np.uint64] | None
+    pieces: Pieces | None  # None means whole blocks
+
+    @property
+    def num_bytes(self) -> int:
+        """Payload of the whole plan."""
+        per_block = self.target.shape[1] if self.pieces is None else sum(length for _, length in self.pieces)
+        return len(self.target_ids) * per_block
+
+    def run(self, cancel: native.Flag | None = None) -> Stats:
+        """Copy and verify; TransferError if `cancel` was set on the way or a checksum differs.
+
+        `Stats.elapsed_s` is the time of the copy itself, without any waiting before it.
+        """
+        started = time.perf_counter()
+        n = len(self.target_ids)
+        sums = None if self.checksums is None else np.empty(n, dtype=np.uint64)
+        if self.pieces is None:
+            done = native.copy_blocks(self.target, self.source, self.target_ids, self.source_ids, sums, cancel)
+        else:
+            done = native.copy_pieces(self.target, self.source, self.target_ids, self.source_ids, self.pieces, cancel)
+        if done < n:
+            raise TransferError(f"cancelled after {done} of {n} blocks")
+        if sums is not None:
+            self._verify(sums)
+        return Stats(self.num_bytes, time.perf_counter() - started)
+
+    def _verify(self, sums: NDArray[np.uint64]) -> None:
+        wrong = np.flatnonzero(sums != self.checksums)
+        if len(wrong):
+            block = int(self.source_ids[wrong[0]])
+            raise TransferError(
+                f"checksum differs for {len(wrong)} of {len(sums)} blocks, the first of them the peer's block {block}: "
+                "it was written again after it was offered, or the offer was stale"
+            )
+
+
+def prepare(source: Pool, target: Pool, plan: Plan) -> Copy:
+    """Check a plan against both pools. The ids are copied: changing the plan's arrays later changes nothing.
+
+    Raises ProtocolError for ids outside a pool, lists of unequal length, a target block named twice, impossible
+    ranges or checksums for parts of blocks; LayoutMismatch for pools that differ.
+    """
+    if source.layout != target.layout:
+        target.layout.check(source.layout)
+    source_ids = native.check_ids(plan.source, source.num_blocks, "source")
+    target_ids = native.check_ids(plan.target, target.num_blocks, "target")
+    n = len(target_ids)
+    if len(source_ids) != n:
+        raise ProtocolError(f"{len(source_ids)} source blocks for {n} target blocks")
+    if len(np.unique(target_ids)) != n:
+        raise ProtocolError("the plan writes a target block twice")
+    pieces = _pieces(target.layout, plan)
+    return Copy(source.view, target.view, source_ids, target_ids, _checksums(plan, n, pieces), pieces)
+
+
+def read_now(source: Pool, target: Pool, plan: Plan) -> Stats:
+    """Read synchronously, verified. Raises what `prepare` and `Copy.run` raise."""
+    return prepare(source, target, plan).run()
+
+
+def checksum(pool: Pool, blocks: NDArray[np.int32]) -> NDArray[np.uint64]:
+    """uint64 [n]: the checksums that a peer's plan over these blocks should carry."""
+    return native.checksum_blocks(pool.view, blocks)
+
+
+def _pieces(layout: Layout, plan: Plan) -> Pieces | None:
+    if plan.layers is None and plan.heads is None:
+        return None
+    if len(layout.groups) != 1:
+        raise LayoutMismatch(f"layer and head ranges need a cache of one group of layers; this is {layout.card()}")
+    return layout.pieces(plan.layers, plan.heads)
+
+
+def _checksums(plan: Plan, n: int, pieces: Pieces | None) -> NDArray[np.uint64] | None:
+    if plan.checksums is None:
+        return None
+    if pieces is not None:
+        raise ProtocolError("checksums cover whole blocks; a plan for parts of blocks cannot be verified by them")
+    sums = np.array(plan.checksums)
+    if sums.shape != (n,) or (n and sums.dtype.kind not in "iu"):
+        raise ProtocolError(f"{n} blocks need {n} integer checksums, not {sums.dtype} {sums.shape}")
+    return sums.astype(np.uint64)

@@ -1,0 +1,124 @@
+"""Finds the compiled copy routines, or compiles them once per machine, source and compiler.
+
+Looked for next to the source (a wheel, or `python -m diptych.transfer.native --in-place`), then in a cache folder
+(`$XDG_CACHE_HOME/diptych/native` or `~/.cache/diptych/native`). A build goes to a temporary name and is renamed, under
+a file lock: workers that start together compile once, and nobody loads half a file.
+
+Not responsible for what the library does (`copy.cpp`) nor for doing without it (`__init__.py`).
+"""
+
+import contextlib
+import fcntl
+import os
+import platform
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator
+from hashlib import blake2b
+from pathlib import Path
+
+SOURCE = Path(__file__).with_name("copy.cpp")
+FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-fno-exceptions", "-fno-rtti")
+BUILD_S = 120.0
+
+
+class BuildError(Exception):
+    """Why there is no library; never leaves this package."""
+
+
+def find_or_build() -> Path:
+    """The library's path, compiling it if need be (about two seconds). Raises BuildError or OSError."""
+    prebuilt = SOURCE.with_name(f"copy-{_key('')}.so")
+    if prebuilt.exists():
+        return prebuilt
+    compiler = find_compiler()
+    if compiler is None:
+        raise BuildError("no C++ compiler (c++, g++ or clang++) on the path")
+    library = cache_folder() / f"copy-{_key(compiler)}.so"
+    if not library.exists():
+        build(compiler, library)
+    _refuse_others_files(library)
+    return library
+
+
+def build_in_place() -> Path:
+    """Compile next to the source, for a package that is to be installed without a compiler."""
+    compiler = find_compiler()
+    if compiler is None:
+        raise BuildError("no C++ compiler (c++, g++ or clang++) on the path")
+    library = SOURCE.with_name(f"copy-{_key('')}.so")
+    build(compiler, library)
+    return library
+
+
+def find_compiler() -> str | None:
+    """The first C++ compiler on the path."""
+    return next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
+
+
+def cache_folder() -> Path:
+    """Where built libraries live; made if missing, for this user alone."""
+    home = os.environ.get("XDG_CACHE_HOME", "")
+    folder = (Path(home) if os.path.isabs(home) else Path.home() / ".cache") / "diptych" / "native"
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    return folder
+
+
+def build(compiler: str, library: Path) -> None:
+    """Compile the source to `library` unless someone else just did. Raises BuildError with the compiler's words."""
+    with _lock(library.with_suffix(".lock")):
+        if library.exists():
+            return
+        unfinished = library.with_suffix(f".{os.getpid()}.tmp")
+        try:
+            _compile([compiler, *FLAGS, str(SOURCE), "-o", str(unfinished)])
+            unfinished.chmod(0o755)  # whatever the umask: see _refuse_others_files
+            os.replace(unfinished, library)
+        finally:
+            unfinished.unlink(missing_ok=True)
+
+
+def _compile(command: list[str]) -> None:
+    """Run the compiler, and again for any CPU of the architecture where the dispatching build fails."""
+    for extra in ([], ["-DDIPTYCH_PORTABLE"]):
+        try:
+            done = subprocess.run(command + extra, capture_output=True, text=True, timeout=BUILD_S, check=False)
+        except subprocess.TimeoutExpired as error:
+            raise BuildError(f"{command[0]} took more than {BUILD_S:.0f} s") from error
+        if done.returncode == 0:
+            return
+    raise BuildError(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")
+
+
+def _key(compiler: str) -> str:
+    """Changes with the source, the flags, the machine and the compiler, without having to run the latter."""
+    about = [platform.system(), platform.machine(), *FLAGS, compiler]
+    if compiler:
+        stat = os.stat(compiler)
+        about += [str(stat.st_size), str(stat.st_mtime_ns)]
+    return blake2b(SOURCE.read_bytes() + "\0".join(about).encode(), digest_size=8).hexdigest()
+
+
+def _refuse_others_files(library: Path) -> None:
+    """Loading a library runs it, so it must be ours alone to change."""
+    for path in (library, library.parent):
+        stat = path.stat()
+        if stat.st_uid not in (os.getuid(), 0) or stat.st_mode & 0o022:
+            raise BuildError(f"{path} can be changed by other users; remove it")
+
+
+@contextlib.contextmanager
+def _lock(path: Path) -> Iterator[None]:
+    """Hold an exclusive lock on a file. The kernel drops it with its holder, so a crash leaves nothing stale."""
+    deadline = time.monotonic() + 1.5 * BUILD_S
+    with open(path, "w") as file:
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError as error:
+                if time.monotonic() > deadline:
+                    raise BuildError(f"somebody has held {path} for {1.5 * BUILD_S:.0f} s") from error
+                time.sleep(0.05)
+        yield

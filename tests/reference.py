@@ -1,0 +1,49 @@
+"""What a checkpoint's own `generate()` says, and the one way in which we may differ from it: a tie."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM
+
+TIE = 1e-4  # logits of the two best tokens closer than this are a tie
+
+
+@dataclass(frozen=True)
+class Expected:
+    """Greedy tokens, and at each of them the distance between the two best logits."""
+
+    tokens: list[int]
+    gaps: list[float]
+
+
+class Reference:
+    """transformers' own greedy decoding of one checkpoint in fp32."""
+
+    def __init__(self, folder: Path):
+        self._model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        self.num_ties = 0
+
+    @torch.inference_mode()
+    def greedy(self, prompt: list[int], num_new: int, ignore_eos: bool = True) -> Expected:
+        """`num_new` tokens after `prompt` (fewer where an end of sequence counts)."""
+        out = self._model.generate(
+            torch.tensor([prompt]),
+            attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+            max_new_tokens=num_new,
+            do_sample=False,
+            output_logits=True,
+            return_dict_in_generate=True,
+            **({"eos_token_id": None} if ignore_eos else {}),
+        )
+        best = [logits[0].float().topk(2).values for logits in out.logits]
+        return Expected(out.sequences[0, len(prompt) :].tolist(), [float(b[0] - b[1]) for b in best])
+
+    def check(self, expected: Expected, tokens: list[int], what: str) -> None:
+        """Raise AssertionError unless the tokens are the same up to a tie; ties are counted."""
+        for i, (theirs, ours) in enumerate(zip(expected.tokens, tokens, strict=False)):
+            if theirs != ours:
+                assert expected.gaps[i] < TIE, f"{what}: token {i} is {ours}, generate() says {theirs} ({tokens})"
+                self.num_ties += 1
+                return
+        assert len(tokens) == len(expected.tokens), f"{what}: {len(tokens)} tokens, generate() has {expected.tokens}"
