@@ -118,7 +118,8 @@ def _banner(url: str, seconds: float) -> str:
   workers  {url}/workers
 
   curl -N {url}/v1/chat/completions -H 'content-type: application/json' \\
-    -d '{{"stream": true, "temperature": 0, "messages": [{{"role": "user", "content": "Tell me a story about a fox."}}]}}'
+    -d '{{"stream": true, "temperature": 0,
+         "messages": [{{"role": "user", "content": "Tell me a story about a fox."}}]}}'
 
 Ctrl-C stops it."""
 

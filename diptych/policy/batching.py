@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from diptych.policy.blocks import BlockPool
+from diptych.policy.ladder import Rung
 from diptych.policy.messages import Role, Slice
 from diptych.policy.pace import StepTimes
 from diptych.policy.sequence import Sequence
@@ -70,12 +71,14 @@ def compose(
 def repeats(slices: tuple[Slice, ...], seqs: dict[int, Sequence], running: list[Sequence], pool: BlockPool) -> int:
     """How many times a step may be taken in a row before any decision in it could change.
 
-    More than one only where every running sequence decodes: until one of them ends, or the blocks they
-    grow into run out.
+    More than one only where every running sequence decodes and has said its first token (the router waits for that
+    one): until one of them ends, or the blocks they grow into run out.
     """
     members = [seqs[s.rid] for s in slices]
     num_active = sum(seq.wants or seq.inflight > 0 for seq in running)
     if num_active != len(members) or any(s.count != 1 or not s.sample for s in slices):
+        return 1
+    if any(seq.ended is not None or seq.life.at != Rung.DECODING for seq in members):
         return 1
     limit = 1 + min(seq.target - seq.num_tokens for seq in members)
 

@@ -1,8 +1,8 @@
 """The router's every decision: who is admitted, and which worker, or pair of workers, gets a request.
 
 filter -> score -> pick, for prefill and for decode: candidates that can hold the request, a score for each by the
-chosen policy (round robin, least loaded, prefix-aware), and the lowest score wins. Where both mixed workers and pairs exist,
-`disaggregates` decides per request.
+chosen policy (round robin, least loaded, prefix-aware), and the lowest score wins. Where both mixed workers and pairs
+exist, `disaggregates` decides per request.
 
 A request whose worker is lost, or whose pair breaks, is placed anew with the tokens its client already has counted as
 known. Load is the router's own book-keeping of what it placed, so that nothing has to be reported per step.
@@ -273,6 +273,8 @@ class Router:
             self._release(request.prefill, 0)
             request.prefill = ""
         elif event.reason in (Reason.STOP, Reason.LENGTH):
+            if event.worker == request.prefill:  # over with its first token: the decode side waits for nothing
+                self._orders.append(Cancel(request.decode, request.rid))
             self._prefilled(request)
             self._close(now, request, "finished", Rung.FINISHED)
 

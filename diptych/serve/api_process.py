@@ -42,6 +42,11 @@ class RouterFrontend:
         hello = Hello("api", orders.name, orders.incarnation, orders.key)
         self._channel = await call(orders.router, hello, self._meet)
 
+    def close(self) -> None:
+        """Hang up; what is open is cancelled by the router."""
+        if self._channel is not None:
+            self._channel.close()
+
     def submit(self, job: Job) -> tuple[int, asyncio.Queue[Chunk]]:
         """Send a job off."""
         channel = self._connected()

@@ -5,9 +5,10 @@ worker is lost goes on elsewhere where it stopped. The same class runs in the ro
 in one process (`local.py`). Not responsible for any decision, for HTTP or for sockets.
 """
 
+import math
 from array import array
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from diptych.engine.executor import Sampling
@@ -56,6 +57,7 @@ class Open:
     root: bytes
     rid: int = -1
     began: bool = False  # the present attempt has written a token
+    ahead: list[tuple[str, Emit | Finish, bytes]] = field(default_factory=list)  # came before an earlier token
 
     @property
     def num_written(self) -> int:
@@ -115,6 +117,24 @@ class RouterDriver:
         if open_ is None or open_.rid != message.rid:
             # Cancelled here already, or an old attempt; policy keeps its own books of Finish.
             return
+        if _waits(message, open_):
+            # The decode side's tokens can overtake the first one, which the prefill side sends on its own connection.
+            open_.ahead.append((worker, message, bytes(ids)))
+            open_.ahead.sort(key=_position)
+        else:
+            self._take(worker, request, open_, message, ids)
+            self._catch_up(request, open_)
+
+    def _catch_up(self, request: int, open_: Open) -> None:
+        """Take what waited, as far as it is its turn now."""
+        while open_.ahead and self._open.get(request) is open_:
+            worker, message, ids = open_.ahead[0]
+            if _position(open_.ahead[0]) > open_.num_written and isinstance(message, Emit):
+                return
+            del open_.ahead[0]
+            self._take(worker, request, open_, message, ids)
+
+    def _take(self, worker: str, request: int, open_: Open, message: Emit | Finish, ids: bytes | memoryview) -> None:
         if isinstance(message, Emit):
             self._emitted(worker, request, open_, message, ids)
         else:
@@ -154,7 +174,7 @@ class RouterDriver:
         match order:
             case Place():
                 open_ = self._open[request_of(order.rid)]
-                open_.rid, open_.began = order.rid, False
+                open_.rid, open_.began, open_.ahead = order.rid, False, []
                 ticket = Ticket(open_.tokens.tobytes(), open_.num_prompt, open_.sampling, open_.root)
                 self._ports.send(order.worker, order, pack(ticket))
             case Cancel():
@@ -162,3 +182,15 @@ class RouterDriver:
             case Reject(request=request, status=status, why=why):
                 open_ = self._open.pop(request)
                 self._ports.deliver(open_.client, Deliver(request, "", status, why), b"")
+
+
+def _waits(message: Emit | Finish, open_: Open) -> bool:
+    """It must not be taken before an earlier token is here."""
+    if isinstance(message, Emit):
+        return message.first > open_.num_written
+    return bool(open_.ahead) and message.reason in (Reason.STOP, Reason.LENGTH)
+
+
+def _position(waiting: tuple[str, Emit | Finish, bytes]) -> float:
+    """Where in the answer a message belongs; a Finish comes after every token."""
+    return waiting[1].first if isinstance(waiting[1], Emit) else math.inf

@@ -58,7 +58,7 @@ class Supervisor:
         self._socket = _listen(self.cluster.host, self.cluster.port)
         self.port: int = self._socket.getsockname()[1]
         self.runtime = tempfile.mkdtemp(prefix="diptych-")
-        self._key = secrets.token_hex(16)
+        self.key = secrets.token_hex(16)
         self._start(Child("router", "diptych.serve.router_process"))
         self._wait_for_router()
         for worker in self.cluster.workers:
@@ -110,7 +110,7 @@ class Supervisor:
 
     def _start(self, child: Child) -> None:
         fds = (self._socket.fileno(),) if child.name == "api" else ()
-        orders = Orders(self.cluster, self.runtime, self._key, child.name, child.incarnation, fds[0] if fds else None)
+        orders = Orders(self.cluster, self.runtime, self.key, child.name, child.incarnation, fds[0] if fds else None)
         child.process = subprocess.Popen(
             [sys.executable, "-m", child.module],
             stdin=subprocess.PIPE,

@@ -73,6 +73,7 @@ class WorkerProcess:
         self._transport = ShmTransport(spec.name, orders.incarnation, f"{orders.runtime}/shm")
         self._links: dict[str, Link] = {}
         self._reads: dict[int, Transfer] = {}
+        self._cancelled: set[int] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self._timer: asyncio.TimerHandle | None = None
         self._deadline: float | None = None  # what the timer is set to
@@ -231,19 +232,16 @@ class WorkerProcess:
 
     def pull(self, order: Pull, plan: Plan) -> None:
         link = self._links.get(order.peer)
-        try:
-            if link is None:
-                raise TransferError(f"no connection to {order.peer}")
-            self._reads[order.pull] = link.source.read(plan, READ_DEADLINE_S)
-        except TransferError as error:
-            log.warning("read %d from %s cannot start: %s", order.pull, order.peer, error)
-            self._loop.call_soon(self._on, ReadFailed(order.pull, str(error)))
+        if link is None:
+            self._loop.call_soon(self._on, ReadFailed(order.pull, f"no connection to {order.peer}"))
             self._loop.call_soon(self._on, Settled(order.pull))
             return
+        self._reads[order.pull] = link.source.read(plan, READ_DEADLINE_S)
         self._spawn(self._finish_read(order.pull))
 
     def cancel_pull(self, pull: int) -> None:
         if pull in self._reads:
+            self._cancelled.add(pull)
             self._reads[pull].cancel()
 
     async def _finish_read(self, pull: int) -> None:
@@ -253,11 +251,14 @@ class WorkerProcess:
             stats = await transfer.done()
             self._on(Read(pull, stats.num_bytes, stats.elapsed_s))
         except TransferError as error:
-            self._on(ReadFailed(pull, str(error)))
+            if pull not in self._cancelled:
+                log.warning("read %d failed: %s", pull, error)
+                self._on(ReadFailed(pull, str(error)))
             await transfer.settled
             self._on(Settled(pull))
         finally:
             del self._reads[pull]
+            self._cancelled.discard(pull)
 
     # --- events in -----------------------------------------------------------------------------------------------
 

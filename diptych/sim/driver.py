@@ -125,7 +125,7 @@ class Simulation:
         self._known: dict[str, int] = {}  # the incarnation of each worker the router is connected to
         self._spoken: set[int] = set()  # attempts of which the client has a token
         self._executed: Execution | None = None  # whose StepDone is being told
-        self._begin(happenings)
+        self._happenings = happenings
 
     @property
     def rank(self) -> int:
@@ -134,6 +134,7 @@ class Simulation:
 
     def run(self) -> SimResult:
         """Let everything happen."""
+        self._begin()
         agenda = self.agenda
         while agenda.step():
             if self._num_events is not None and agenda.num_happened > self._num_events:
@@ -142,10 +143,10 @@ class Simulation:
 
     # --- beginning and end ---------------------------------------------------------------------------------------
 
-    def _begin(self, happenings: Sequence[Happening]) -> None:
+    def _begin(self) -> None:
         for machine in self.machines.values():
             self._introduce(machine)
-        for happening in happenings:
+        for happening in self._happenings:
             when = instant(happening.time_s)
             if isinstance(happening, ClientGone):
                 self.agenda.at(when, self.rank, self._tell_router, Cancelled(happening.request))
@@ -196,6 +197,9 @@ class Simulation:
         self.agenda.at(when, self.rank, self._tell_router, event)
 
     def _tell_router(self, event: RouterEvent) -> None:
+        if isinstance(event, Cancelled | WorkerLost) or isinstance(event, Finish) and event.reason in GIVEN_UP:
+            for machine in self.machines.values():  # how many tokens the client has matters now
+                self._catch_up(machine)
         match event:
             case Finish() if event.reason in GIVEN_UP:
                 have = self.streams[request_of(event.rid)].num_tokens

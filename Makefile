@@ -1,0 +1,43 @@
+# `make` alone lists the targets. ARGS go to the command: make serve ARGS="--mixed 2 --port 9000"
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+PIP    := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
+ARGS   ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help install serve test lint format clean
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+install: $(STAMP)  ## make .venv, with every version pinned
+
+# torch first and alone: whichever build of the pinned version the index offers is then settled for what follows.
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) setuptools torch
+	$(PIP) --no-build-isolation --editable '.[torch,dev]'
+	$(BIN)/python -m diptych.transfer.native || echo "no C++ compiler: KV copies will use numpy, which is slower"
+	@touch $(STAMP)
+
+serve: $(STAMP)  ## serve the bundled model with one prefill and one decode worker
+	@exec $(BIN)/diptych serve $(ARGS)
+
+test: $(STAMP)  ## run the whole suite
+	@$(BIN)/python -m pytest -q -ra --durations=10 $(ARGS)
+
+lint: $(STAMP)  ## ruff (lint, format) and mypy
+	@failed=; for check in "ruff check" "ruff format --check" mypy; do \
+	  echo "$$check"; $(BIN)/$$check || failed=1; \
+	done; test -z "$$failed"
+
+format: $(STAMP)  ## let ruff format and fix what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:  ## remove .venv, caches and builds
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

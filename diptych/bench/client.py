@@ -1,0 +1,260 @@
+"""A lean HTTP/1.1 client for streamed completions: what it costs must not show in what it measures.
+
+One `asyncio.Protocol` per connection, kept alive and used again; no HTTP library, no JSON decoding per token. An event
+counts as a token if it carries text or says that the answer goes on; the reply's `usage` says how many tokens there
+really were, so tokens that made no event of their own are counted too (`Record.num_unseen`). Not responsible for when
+requests are sent (`load.py`) or what their times mean (`report.py`).
+"""
+
+import asyncio
+import contextlib
+import socket
+from dataclasses import dataclass, field
+from enum import Enum, auto
+from time import perf_counter
+from typing import Any
+
+import msgspec
+
+
+@dataclass(slots=True)
+class Record:
+    """One request, on the clock `time.perf_counter`. `due_s` is when it should have been sent."""
+
+    kind: str = ""
+    num_prompt: int = 0
+    max_tokens: int = 0
+    due_s: float = 0.0
+    sent_s: float = 0.0
+    times_s: list[float] = field(default_factory=list)  # when each event with text came
+    ended_s: float = 0.0
+    num_tokens: int = 0  # as the server counts them
+    error: str = ""
+
+    @property
+    def num_unseen(self) -> int:
+        """Tokens that made no event of their own: special ones, halves of characters."""
+        return self.num_tokens - len(self.times_s)
+
+
+def completion(prompt: str | list[int], max_tokens: int, **fields: Any) -> bytes:
+    """The body of a streamed completion of exactly `max_tokens` tokens."""
+    call: dict[str, Any] = {
+        "prompt": prompt,
+        "max_tokens": max_tokens,
+        "temperature": 0,
+        "ignore_eos": True,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+    }
+    return msgspec.json.encode(call | fields)
+
+
+class Client:
+    """Connections to one server. `send` opens one where none is idle, so requests never wait for each other."""
+
+    def __init__(self, host: str, port: int, path: str = "/v1/completions"):
+        self._address = (host, port)
+        self._head = f"POST {path} HTTP/1.1\r\nhost: {host}:{port}\r\ncontent-type: application/json\r\n".encode()
+        self._idle: list[Connection] = []
+        self.num_opened = 0
+
+    async def send(self, body: bytes, record: Record) -> Record:
+        """Send one request and fill its record. Does not raise: what went wrong is the record's `error`."""
+        try:
+            connection = await self._connection()
+        except OSError as error:
+            record.sent_s = record.ended_s = perf_counter()
+            record.error = f"cannot connect: {error.strerror}"
+            return record
+        request = b"%scontent-length: %d\r\n\r\n%s" % (self._head, len(body), body)
+        try:
+            await connection.exchange(request, record)
+        except asyncio.CancelledError:
+            record.error = record.error or "unfinished"
+            connection.abort()
+            raise
+        if connection.reusable:
+            self._idle.append(connection)
+        else:
+            connection.abort()
+        return record
+
+    async def warm(self, num: int) -> None:
+        """Open that many connections, so that the first requests need not."""
+        self._idle += await asyncio.gather(*(self._open() for _ in range(num)))
+
+    def close(self) -> None:
+        """Close idle connections."""
+        while self._idle:
+            self._idle.pop().abort()
+
+    async def _connection(self) -> "Connection":
+        while self._idle:
+            connection = self._idle.pop()
+            if connection.reusable:
+                return connection
+        return await self._open()
+
+    async def _open(self) -> "Connection":
+        self.num_opened += 1
+        _, connection = await asyncio.get_running_loop().create_connection(Connection, *self._address)
+        return connection
+
+
+class _At(Enum):
+    HEAD = auto()
+    SIZE = auto()
+    CHUNK = auto()
+    WHOLE = auto()
+    OVER = auto()
+
+
+class Connection(asyncio.Protocol):
+    """One HTTP/1.1 connection, one request at a time."""
+
+    def __init__(self) -> None:
+        self.reusable = True
+        self._transport: asyncio.Transport
+        self._record = Record()
+        self._done: asyncio.Future[None] | None = None
+        self._at = _At.OVER
+        self._data = b""  # received and not parsed yet
+        self._need = 0  # bytes of the chunk, or of the whole body
+        self._events = b""  # an event whose end has not come
+        self._status = 200
+
+    async def exchange(self, request: bytes, record: Record) -> None:
+        """Send a request and wait for the end of its reply."""
+        self._record = record
+        self._done = asyncio.get_running_loop().create_future()
+        self._at, self._data, self._events = _At.HEAD, b"", b""
+        record.sent_s = perf_counter()
+        self._transport.write(request)
+        await self._done
+
+    def abort(self) -> None:
+        """Hang up at once."""
+        self.reusable = False
+        self._transport.abort()
+
+    # --- asyncio.Protocol ----------------------------------------------------------------------------------------
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self._transport = transport
+        sock = transport.get_extra_info("socket")
+        if sock is not None:
+            with contextlib.suppress(OSError):
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+    def data_received(self, data: bytes) -> None:
+        now = perf_counter()
+        self._data = self._data + data if self._data else data
+        try:
+            while self._parse(now):
+                pass
+        except ValueError as error:
+            self._fail(f"not HTTP: {error}")
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self.reusable = False
+        if self._at is not _At.OVER:
+            self._fail(f"the connection ended early: {error or 'closed by the server'}")
+
+    # --- HTTP ----------------------------------------------------------------------------------------------------
+
+    def _parse(self, now: float) -> bool:
+        """Take the next part off what was received; False where more is needed."""
+        match self._at:
+            case _At.SIZE:
+                return self._parse_size(now)
+            case _At.CHUNK:
+                if len(self._data) < self._need + 2:
+                    return False
+                self._take(self._data[: self._need], now)
+                self._data = self._data[self._need + 2 :]
+                self._at = _At.SIZE
+                return True
+            case _At.HEAD:
+                return self._parse_head()
+            case _At.WHOLE:
+                if len(self._data) < self._need:
+                    return False
+                self._take(self._data[: self._need], now)
+                self._end(now)
+        return False
+
+    def _parse_size(self, now: float) -> bool:
+        size, end, rest = self._data.partition(b"\r\n")
+        if not end:
+            return False
+        self._need = int(size.partition(b";")[0], 16)
+        if self._need:
+            self._data = rest
+            self._at = _At.CHUNK
+            return True
+        if not rest.startswith(b"\r\n"):  # no trailers: nobody we speak to sends any
+            return False
+        self._end(now)
+        return False
+
+    def _parse_head(self) -> bool:
+        head, end, rest = self._data.partition(b"\r\n\r\n")
+        if not end:
+            return False
+        status, *lines = head.lower().split(b"\r\n")
+        headers = dict((line.partition(b":")[0], line.partition(b":")[2].strip()) for line in lines)
+        self._status = int(status.split(b" ", 2)[1])
+        self.reusable = self.reusable and headers.get(b"connection") != b"close"
+        self._data = rest
+        if headers.get(b"transfer-encoding") == b"chunked":
+            self._at = _At.SIZE
+        else:
+            self._at, self._need = _At.WHOLE, int(headers.get(b"content-length", b"0"))
+        return True
+
+    # --- server-sent events --------------------------------------------------------------------------------------
+
+    def _take(self, data: bytes, now: float) -> None:
+        *events, self._events = (self._events + data).split(b"\n\n")
+        if self._status != 200:
+            return
+        record = self._record
+        for event in events:
+            if b'"finish_reason":null' in event:
+                record.times_s.append(now)
+            elif b'"usage":{' in event:
+                record.num_tokens = msgspec.json.decode(event[6:])["usage"]["completion_tokens"]
+            elif b'"text":"' in event and b'"text":""' not in event:
+                record.times_s.append(now)
+            elif event.startswith(b'data: {"error"'):
+                record.error = _why(event[6:])
+
+    def _end(self, now: float) -> None:
+        record = self._record
+        record.ended_s = now
+        if self._status != 200:
+            record.error = f"{self._status}: {_why(self._events)}"
+        elif not record.error and record.num_tokens != record.max_tokens:
+            record.error = f"{record.num_tokens} of {record.max_tokens} tokens came"
+        self._finish()
+
+    def _fail(self, why: str) -> None:
+        self.reusable = False
+        self._record.ended_s = perf_counter()
+        self._record.error = why
+        self._finish()
+
+    def _finish(self) -> None:
+        self._at, self._data = _At.OVER, b""
+        if self._done is not None and not self._done.done():
+            self._done.set_result(None)
+
+
+def _why(body: bytes) -> str:
+    """The message of OpenAI's error envelope."""
+    try:
+        return str(msgspec.json.decode(body)["error"]["message"])
+    except (msgspec.DecodeError, KeyError, TypeError):
+        return body[:200].decode(errors="replace")

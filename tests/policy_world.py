@@ -1,0 +1,401 @@
+"""Helpers of the policy and simulator tests: a witness of every law, and random worlds to hold them in.
+
+`Witness` watches a simulation event by event. It models the memory that policies only talk about: each slot of each
+block remembers which token's KV was last written there, so a page that is lost, stale, overwritten or read too early
+is noticed when somebody relies on it. It is the simulation's `Conditions` as well, because a read copies pages at the
+moment its last byte lands.
+"""
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from diptych.policy.batching import WorkerSpec
+from diptych.policy.blocks import State
+from diptych.policy.messages import (
+    CancelPull,
+    Emit,
+    Message,
+    Place,
+    PeerLost,
+    Pull,
+    Role,
+    Run,
+    Settled,
+    StepDone,
+    Tick,
+    request_of,
+)
+from diptych.policy.router import RouterSpec
+from diptych.policy.worker import Worker
+from diptych.sim.conditions import ClientGone, Happening, Rough, WorkerDies
+from diptych.sim.costs import Costs, Link, StepCost
+from diptych.sim.driver import ROUTER, SimResult, Simulation
+from diptych.sim.workload import Arrival, block_hash
+
+Tag = tuple[bytes, int]
+GARBAGE: Tag = (b"garbage", 0)
+Pick = Callable[[int, int], int]  # a random integer between two, both included
+
+
+# --- worlds ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class World:
+    """Everything a simulation needs, drawn at random. `calm`: nothing that excuses a failed request may happen."""
+
+    cluster: tuple[WorkerSpec, ...]
+    router: RouterSpec
+    link: Link
+    arrivals: tuple[Arrival, ...]
+    happenings: tuple[Happening, ...]
+    seed: int
+    message_s: float
+    settle_s: float
+    read_failure: float
+    costs: Costs
+
+    @property
+    def calm(self) -> bool:
+        """No deaths, and messages are quick compared with leases."""
+        lease_s = min(spec.lease_s for spec in self.cluster)
+        return not any(isinstance(h, WorkerDies) for h in self.happenings) and lease_s > 20 * self.message_s
+
+    def rough(self) -> Rough:
+        """Its conditions, anew."""
+        return Rough(self.seed, self.message_s, self.settle_s, self.read_failure)
+
+
+TOPOLOGIES = ("m", "mm", "mmm", "pd", "ppd", "pdd", "ppdd", "pdm", "pdmm", "pddm")
+_ROLE = {"m": Role.MIXED, "p": Role.PREFILL, "d": Role.DECODE}
+
+
+def draw_world(pick: Pick, quiet: bool = False) -> World:
+    """A world out of random integers. `quiet`: nothing dies and no read fails."""
+
+    def choose(*options: Any) -> Any:
+        return options[pick(0, len(options) - 1)]
+
+    size = choose(4, 1, 2, 3, 8, 16)
+    topology = choose(*TOPOLOGIES)
+    cluster = tuple(_draw_worker(pick, f"{kind}{i}", _ROLE[kind], size) for i, kind in enumerate(topology))
+    smallest = min(spec.num_blocks for spec in cluster) * size
+    arrivals = _draw_arrivals(pick, size, max(smallest - 12, 2) if pick(0, 4) else smallest + 4)
+    happenings: list[Happening] = [
+        ClientGone(pick(0, 400) / 1000, pick(0, len(arrivals) - 1)) for _ in range(pick(0, 3))
+    ]
+    if not quiet:
+        happenings += _draw_deaths(pick, cluster)
+    return World(
+        cluster,
+        RouterSpec(choose("prefix-aware", "least-loaded", "round-robin"), choose(4096, 4), choose(8, 0, 1000)),
+        Link(choose(1e6, 2e4, 2e3), choose(0.0, 0.003), choose("source", "pair", "all")),
+        arrivals,
+        tuple(happenings),
+        seed=pick(0, 1 << 20),
+        message_s=choose(0.0, 0.001, 0.02, 0.2),
+        settle_s=choose(0.0, 0.01, 0.1),
+        read_failure=0.0 if quiet else choose(0.0, 0.2),
+        costs=Costs(StepCost(0.01, 0.001, 0.0001), kv_bytes_per_token=64),
+    )
+
+
+def _draw_worker(pick: Pick, name: str, role: Role, size: int) -> WorkerSpec:
+    return WorkerSpec(
+        name,
+        role,
+        num_blocks=pick(2, 14) if size > 2 else pick(8, 40),
+        block_size=size,
+        chunk=(None, 1, 3, 8, 24)[pick(0, 4)],
+        max_batch=(256, 1, 2, 3)[pick(0, 3)],
+        itl_budget_s=(None, None, 0.02)[pick(0, 2)],
+        lease_s=(30.0, 5.0, 0.3, 0.05)[pick(0, 3)],
+        depth=pick(1, 2),
+    )
+
+
+def _draw_arrivals(pick: Pick, size: int, longest: int) -> tuple[Arrival, ...]:
+    arrivals = []
+    now = 0.0
+    for stem in range(pick(1, 8)):
+        now += pick(0, 60) / 1000
+        num_prompt, max_new = pick(1, longest), pick(1, 12)
+        output_len = max_new if pick(0, 1) else pick(1, max_new)
+        shared = min(pick(0, 3) * 2, num_prompt // size)
+        group = 1 << 63 | pick(0, 1)
+        blocks = range(num_prompt // size)
+        hashes = tuple(block_hash(group if i < shared else stem, i) for i in blocks)
+        arrivals.append(Arrival(now, num_prompt, max_new, output_len, hashes, pick(-1, 1), stem))
+    return tuple(arrivals)
+
+
+def _draw_deaths(pick: Pick, cluster: Sequence[WorkerSpec]) -> list[Happening]:
+    backs = (None, 0.0, 0.01, 0.2)
+    return [
+        WorkerDies(pick(0, 400) / 1000, cluster[pick(0, len(cluster) - 1)].name, backs[pick(0, 3)])
+        for _ in range(max(pick(-1, 2), 0))
+    ]
+
+
+# --- the witness -----------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Memory:
+    """The pages of one process, and what its executor knows."""
+
+    pages: list[list[Tag | None]]
+    tables: dict[int, list[int]] = field(default_factory=dict)
+    steps: deque[Run] = field(default_factory=deque)  # the first is being computed
+
+
+@dataclass
+class PendingRead:
+    """A read that may still touch memory on both sides."""
+
+    reader: str
+    order: Pull
+    source: tuple[str, int]  # worker and incarnation
+
+
+class Witness:
+    """Watches one simulation; raises AssertionError at the first event that breaks a law."""
+
+    def __init__(self, world: World):
+        self.world = world
+        self.simulation: Simulation | None = None
+        self._rough = world.rough()
+        self._memory: dict[tuple[str, int], Memory] = {}
+        self._reads: dict[tuple[str, int, int], PendingRead] = {}  # reader, incarnation, pull
+        self._places: dict[int, Place] = {}
+        self._open: dict[str, set[int]] = {}  # offers of each worker after its latest event
+        self._expired: set[tuple[str, int]] = set()
+        self._size = world.cluster[0].block_size
+
+    # --- conditions
+
+    def message_s(self, sender: str, receiver: str) -> float:
+        return self._rough.message_s(sender, receiver)
+
+    def settle_s(self, reader: str, pull: Pull) -> float | None:
+        return self._rough.settle_s(reader, pull)
+
+    def read_error(self, reader: str, pull: Pull) -> str:
+        """The last byte lands: copy the pages, and compare them as checksums would."""
+        pending = self._reads[self._read_key(reader, pull.pull)]
+        target = self._of(reader).pages
+        source = self._memory[pending.source].pages
+        why = self._rough.read_error(reader, pull)
+        whole = True
+        for offset, (origin, block) in enumerate(zip(pull.source, pull.target, strict=True)):
+            target[block] = [GARBAGE] * self._size if why else list(source[origin])
+            whole &= self._holds(source[origin], pull.rid, pull.first + offset)
+        if not whole:
+            assert (pull.peer, pull.rid) in self._expired or not self._live(reader, pull), f"{pull} found other KV"
+            return "checksum"
+        return why
+
+    def _live(self, reader: str, pull: Pull) -> bool:
+        reading = self._worker(reader).sink._reads.get(pull.pull)
+        return reading is not None and reading.live
+
+    def _holds(self, page: list[Tag | None], rid: int, index: int) -> bool:
+        known = self._places[rid].num_tokens - index * self._size
+        return page[:known] == [self._tag(rid, index * self._size + i) for i in range(min(known, self._size))]
+
+    # --- observer
+
+    def __call__(self, now: float, name: str, event: Message, orders: Sequence[Message]) -> None:
+        if name == ROUTER:
+            self._watch_router(orders)
+            return
+        worker = self._worker(name)
+        worker.pool.check()
+        assert worker.pool.balanced()
+        self._watch_leases(name, event)
+        self._settle(name, event)
+        if isinstance(event, StepDone):
+            self._end_step(name, event, orders)
+        self._watch_orders(name, orders)
+        self._watch_idleness(worker)
+
+    def _watch_router(self, orders: Sequence[Message]) -> None:
+        router = self._sim.router
+        assert router.num["submitted"] == len(router.requests) + sum(router.num.values()) - router.num["submitted"]
+        for order in orders:
+            if isinstance(order, Place):
+                self._places[order.rid] = order
+
+    def _watch_leases(self, name: str, event: Message) -> None:
+        now_open = set(self._worker(name).source._offers)
+        if isinstance(event, Tick | PeerLost):
+            self._expired |= {(name, rid) for rid in self._open.get(name, set()) - now_open}
+        self._open[name] = now_open
+
+    def _settle(self, name: str, event: Message) -> None:
+        if isinstance(event, Settled):
+            pending = self._reads.pop(self._read_key(name, event.pull))
+            for block in pending.order.target:  # the last moment at which it may have written
+                self._of(name).pages[block] = [GARBAGE] * self._size
+        elif type(event).__name__ == "Read":
+            del self._reads[self._read_key(name, event.pull)]  # type: ignore[union-attr]
+
+    def _watch_orders(self, name: str, orders: Sequence[Message]) -> None:
+        for order in orders:
+            match order:
+                case Run():
+                    steps = self._of(name).steps
+                    steps.append(order)
+                    if len(steps) == 1:
+                        self._begin_step(name)
+                case Pull():
+                    peer = self._sim.machines[order.peer]
+                    pending = PendingRead(name, order, (order.peer, peer.incarnation))
+                    self._reads[self._read_key(name, order.pull)] = pending
+                    states = {self._worker(name).pool._state[block] for block in order.target}
+                    assert states <= {State.RESERVED, State.QUARANTINED}, states
+                case CancelPull(pull=pull):
+                    for block in self._reads[self._read_key(name, pull)].order.target:
+                        self._of(name).pages[block] = [GARBAGE] * self._size
+
+    def _watch_idleness(self, worker: Worker) -> None:
+        """A worker with work and room computes."""
+        if worker._steps:
+            return
+        for seq in worker.running:
+            grows = seq.decodes and seq.num_computed == len(seq.blocks) * self._size
+            able = seq.wants and seq.behind >= 1 and not (grows and worker.pool.num_available == 0)
+            assert not able, f"{worker.spec.name} idles though {seq.rid} could be computed"
+        assert worker.idle_reason()
+        if worker.claims and not worker.running:
+            seq = worker.claims[0]
+            coming = worker.sink.get(seq.rid)
+            need = coming.lacks if coming else worker.pool.blocks_for(seq.num_tokens)
+            assert need > worker.pool.num_available, f"{worker.spec.name} idles though {seq.rid} has room"
+
+    # --- steps
+
+    def _begin_step(self, name: str) -> None:
+        memory, pool = self._of(name), self._worker(name).pool
+        fenced = self._fenced(name)
+        for piece in memory.steps[0].slices:
+            if piece.admit:
+                memory.tables[piece.rid] = []
+            table = memory.tables[piece.rid]
+            table += piece.blocks
+            self._expect(name, piece.rid, piece.start, "relies on")
+            assert {pool._state[block] for block in table} <= {State.HELD, State.OFFERED}, (name, piece)
+            for position in range(piece.start, piece.start + piece.count):
+                block = table[position // self._size]
+                assert pool._refs[block] == 1 and pool._offers[block] == 0, f"{name}: {piece} writes shared {block}"
+                assert block not in fenced, f"{name}: {piece} writes {block}, which is being read"
+                memory.pages[block][position % self._size] = self._tag(piece.rid, position)
+
+    def _end_step(self, name: str, event: StepDone, orders: Sequence[Message]) -> None:
+        memory = self._of(name)
+        run = memory.steps.popleft()
+        assert run.step == event.step and event.count == 1
+        emits = {order.rid: order for order in orders if isinstance(order, Emit)}
+        for piece in run.slices:
+            self._expect(name, piece.rid, piece.start + piece.count, "wrote")
+            emit = emits.pop(piece.rid, None)
+            if emit is not None:
+                assert piece.sample and emit.count == 1
+                assert emit.first == piece.start + piece.count - self._places[piece.rid].num_prompt
+        assert not emits
+        if memory.steps:
+            self._begin_step(name)
+
+    def _expect(self, name: str, rid: int, num_tokens: int, verb: str) -> None:
+        memory = self._of(name)
+        table = memory.tables[rid]
+        for position in range(num_tokens):
+            found = memory.pages[table[position // self._size]][position % self._size]
+            wanted = self._tag(rid, position)
+            assert found == wanted, f"{name}: {rid} {verb} {wanted} at {position} and finds {found}"
+
+    def _fenced(self, name: str) -> set[int]:
+        """Our blocks that somebody may still read or that a read may still write."""
+        blocks: set[int] = set()
+        process = (name, self._sim.machines[name].incarnation)
+        for (reader, incarnation, _), pending in self._reads.items():
+            if pending.source == process and (name, pending.order.rid) not in self._expired:
+                if self._sim.machines[reader].alive and self._sim.machines[reader].incarnation == incarnation:
+                    blocks.update(pending.order.source)
+            if (reader, incarnation) == process:
+                blocks.update(pending.order.target)
+        return blocks
+
+    # --- the end
+
+    def check_end(self, result: SimResult) -> None:
+        """Everything submitted has ended, and everything taken was given back."""
+        assert not self._sim.router.requests, f"in flight for ever: {list(self._sim.router.requests)}"
+        for stream in result.streams:
+            assert stream.status, stream
+            if stream.status == "finished":
+                assert stream.num_tokens == stream.arrival.output_len, stream
+            if self.world.calm:
+                assert stream.status != "failed", stream
+        for machine in self._sim.machines.values():
+            if machine.alive:
+                check_empty(machine.worker)
+
+    # --- small things
+
+    @property
+    def _sim(self) -> Simulation:
+        assert self.simulation is not None
+        return self.simulation
+
+    def _worker(self, name: str) -> Worker:
+        return self._sim.machines[name].worker
+
+    def _of(self, name: str) -> Memory:
+        machine = self._sim.machines[name]
+        key = (name, machine.incarnation)
+        if key not in self._memory:
+            self._memory[key] = Memory([[None] * self._size for _ in range(machine.spec.num_blocks)])
+        return self._memory[key]
+
+    def _read_key(self, name: str, pull: int) -> tuple[str, int, int]:
+        return name, self._sim.machines[name].incarnation, pull
+
+    def _tag(self, rid: int, position: int) -> Tag:
+        arrival = self.world.arrivals[request_of(rid)]
+        return arrival.text_hash(position // self._size), position % self._size
+
+
+def check_empty(worker: Worker) -> None:
+    """Nothing is left on an idle worker; every block is free or cached."""
+    worker.pool.check()
+    counts = worker.pool.counts()
+    assert counts["free"] + counts["cached"] == worker.pool.num_blocks, (worker.spec.name, counts)
+    left = {
+        "seqs": worker.seqs, "claims": worker.claims, "running": worker.running, "steps": worker._steps,
+        "early": worker._early, "incoming": worker.sink._incoming, "reads": worker.sink._reads,
+        "unread": worker.sink._unread, "offers": worker.source._offers,
+    }  # fmt: skip
+    assert not any(left.values()), (worker.spec.name, {what: value for what, value in left.items() if value})
+
+
+def run_world(world: World, witness: bool = True, bulk: bool = False) -> SimResult:
+    """Run a world, watched."""
+    watch = Witness(world)
+    simulation = Simulation(
+        world.cluster, world.router, world.costs, world.link, world.arrivals,
+        conditions=watch if witness else world.rough(),
+        happenings=world.happenings,
+        observer=watch if witness else None,
+        bulk=bulk,
+        num_events=20_000,
+    )  # fmt: skip
+    watch.simulation = simulation
+    result = simulation.run()
+    if witness:
+        watch.check_end(result)
+    return result
+
+

@@ -1,0 +1,208 @@
+"""The bundled model on a live disaggregated cluster: real tokens of a real model cross from one process to another."""
+
+import asyncio
+import random
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import openai
+import pytest
+from clusters import answer_of, connected, live, settled
+from reference import Reference
+
+from diptych import LLM
+from diptych.config import DEMO
+from diptych.demo.notes import make_notes
+from diptych.engine.executor import Sampling
+from diptych.serve.build import cluster_card
+from diptych.serve.frontend import Job
+from diptych.serve.supervisor import Supervisor
+from diptych.serve.text import Text, prompt_hashes
+
+NUM_QUESTIONS = 60  # in each of the three recall tests; a held-out seed each
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Supervisor]:
+    with live(prefill=1, decode=1, chunk=128) as supervisor:
+        yield supervisor
+
+
+@pytest.fixture(scope="module")
+def client(cluster: Supervisor) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{cluster.url}/v1", api_key="none", max_retries=0) as client:
+        yield client
+
+
+def question(seed: int, min_tokens: int = 520) -> tuple[str, str, str]:
+    """Notes of at least so many tokens, a question about one of them, and the answer."""
+    rng = random.Random(1_000_000 + seed)
+    notes, pairs = make_notes(rng, min_tokens=min_tokens)
+    asked, answer = rng.choice(pairs)
+    return notes, asked, answer
+
+
+def test_a_chat_streams_through_both_pools(client: openai.OpenAI, cluster: Supervisor) -> None:
+    before = kv_bytes(cluster)
+    stream = client.chat.completions.create(
+        model="diptych-demo",
+        messages=[{"role": "user", "content": "Tell me a story about a fox."}],
+        temperature=0,
+        stream=True,
+        stream_options={"include_usage": True},
+    )
+    chunks = list(stream)
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+    assert "fox" in text and len(text) > 60
+    assert [c.choices[0].finish_reason for c in chunks if c.choices and c.choices[0].finish_reason] == ["stop"]
+    assert chunks[-1].usage is not None and chunks[-1].usage.completion_tokens > 20
+    assert kv_bytes(cluster) > before
+
+
+def kv_bytes(cluster: Supervisor) -> int:
+    """Bytes of KV that decode workers have read from prefill workers."""
+    rows = httpx.get(f"{cluster.url}/workers").json()["workers"]
+    return sum(row["kv"]["bytes"] for row in rows)
+
+
+def test_completions_with_and_without_streaming_agree(client: openai.OpenAI) -> None:
+    whole = client.completions.create(model="diptych-demo", prompt="The code of", max_tokens=20, temperature=0)
+    parts = client.completions.create(
+        model="diptych-demo", prompt="The code of", max_tokens=20, temperature=0, stream=True
+    )
+    assert "".join(part.choices[0].text for part in parts) == whole.choices[0].text
+    assert whole.usage is not None and whole.usage.completion_tokens <= 20
+
+
+def test_live_tokens_equal_generate(cluster: Supervisor) -> None:
+    """Invariant 8 through real processes: eight concurrent requests of 1 to 700 prompt tokens, 64 new ones each."""
+    reference = Reference(DEMO)
+    card = cluster_card(cluster.cluster)
+    rng = random.Random(5)
+    vocab = card.vocab_size
+    prompts = [[rng.randrange(5, vocab) for _ in range(n)] for n in (1, 2, 16, 17, 130, 300, 512, 700)]
+
+    async def run() -> list[list[int]]:
+        async with connected(cluster) as frontend:
+            streams = []
+            for prompt in prompts:
+                root, hashes = prompt_hashes(prompt, card)
+                streams.append(frontend.submit(Job(prompt, 64, Sampling(), root=root, hashes=hashes))[1])
+            answers = await asyncio.gather(*(answer_of(stream) for stream in streams))
+            await settled(frontend)
+            return [tokens for tokens, _ in answers]
+
+    for prompt, tokens in zip(prompts, asyncio.run(run()), strict=True):
+        reference.check(reference.greedy(prompt, 64), tokens, f"live, {len(prompt)} prompt tokens")
+    assert reference.num_ties <= 1
+
+
+@pytest.mark.parametrize("min_tokens", [520, 700, 1000])
+def test_recall_through_the_server(client: openai.OpenAI, min_tokens: int) -> None:
+    """The answer is in the prompt, hundreds of tokens back: it can only be right if that KV is the one that crossed."""
+
+    def ask(seed: int) -> bool:
+        notes, asked, answer = question(seed + min_tokens, min_tokens)
+        reply = client.chat.completions.create(
+            model="diptych-demo",
+            messages=[{"role": "user", "content": f"{notes} {asked}"}],
+            temperature=0,
+            max_tokens=24,
+        )
+        assert reply.usage is not None and reply.usage.prompt_tokens >= min_tokens
+        return reply.choices[0].message.content == answer
+
+    with ThreadPoolExecutor(4) as pool:
+        right = sum(pool.map(ask, range(NUM_QUESTIONS)))
+    assert right >= 0.95 * NUM_QUESTIONS, f"{right} of {NUM_QUESTIONS}"
+
+
+@pytest.mark.parametrize("zeroed", [False, True])
+def test_recall_needs_the_pages_that_crossed(zeroed: bool) -> None:
+    """The same handover in one process; with the transferred pages zeroed, recall falls to chance."""
+    right = 0
+    with LLM("demo", prefill=1, decode=1, kv_memory="16MiB") as llm:
+        for seed in range(20):
+            right += recall_once(llm, seed, zeroed)
+    assert right >= 19 if not zeroed else right <= 1
+
+
+def recall_once(llm: LLM, seed: int, zeroed: bool) -> bool:
+    """Ask one question; where told so, wipe what the decode side has read before it decodes."""
+    notes, asked, answer = question(seed)
+    tokens = llm.text.encode_chat([{"role": "user", "content": f"{notes} {asked}"}])
+    decode = llm.cluster.workers["d0"]
+    before = decode.num_transfers
+    how = Sampling(stop_ids=llm.cluster.card.stop_ids)
+    given = llm.cluster.submit(tokens, 24, how)
+    while len(given.tokens) < 2:
+        assert llm.cluster.step()
+        if zeroed and decode.num_transfers > before and not decode.policy.running:
+            llm.cluster.parts["d0"].pool.view[:] = 0
+    llm.cluster.run_until([given])
+    llm.cluster.settle()
+    return llm.text.decode(given.tokens) == answer
+
+
+def test_a_kept_alive_connection_has_no_hiccup(cluster: Supervisor) -> None:
+    """The second request on a connection must not wait for a delayed acknowledgement (40 ms and more)."""
+    body = {"model": "diptych-demo", "prompt": "The fox", "max_tokens": 2, "temperature": 0}
+    waits = []
+    with httpx.Client(base_url=cluster.url) as http:
+        for _ in range(11):
+            began = time.perf_counter()
+            assert http.post("/v1/completions", json=body).status_code == 200
+            waits.append(time.perf_counter() - began)
+    first, *others = waits
+    assert sorted(others)[len(others) // 2] < first + 0.04
+
+
+def test_a_client_that_leaves_frees_its_blocks(cluster: Supervisor) -> None:
+    """Streaming and not, during prefill and while decoding: nothing stays behind on any worker."""
+    body = {"model": "diptych-demo", "prompt": "The fox", "max_tokens": 3000, "temperature": 1, "ignore_eos": True}
+    with httpx.Client(base_url=cluster.url) as http:
+        for read in (0, 3):
+            with http.stream("POST", "/v1/completions", json=body | {"stream": True}) as response:
+                lines = response.iter_lines()
+                for _ in range(read):
+                    next(lines)
+        with pytest.raises(httpx.ReadTimeout):
+            http.post("/v1/completions", json=body, timeout=0.3)
+
+    async def wait() -> None:
+        async with connected(cluster) as frontend:
+            await settled(frontend)
+
+    asyncio.run(wait())
+
+
+def test_bad_requests_cost_no_prefill(cluster: Supervisor) -> None:
+    rows = httpx.get(f"{cluster.url}/workers").json()["workers"]
+    steps = {row["id"]: row["steps"] for row in rows}
+    bad = [
+        ({"prompt": "x", "max_tokens": 0}, 400),
+        ({"prompt": "x", "max_tokens": 10**9}, 400),
+        ({"prompt": "word " * 20000}, 400),
+        ({"prompt": "x", "model": "nobody"}, 404),
+        ({"prompt": "x", "temperature": -1}, 400),
+        ({}, 400),
+    ]
+    for body, status in bad:
+        reply = httpx.post(f"{cluster.url}/v1/completions", json=body)
+        assert reply.status_code == status and reply.json()["error"]["message"]
+    rows = httpx.get(f"{cluster.url}/workers").json()["workers"]
+    assert steps == {row["id"]: row["steps"] for row in rows}
+
+
+def test_offline_chat() -> None:
+    with LLM("demo", prefill=1, decode=1, kv_memory="16MiB") as llm:
+        assert "fox" in llm.chat([{"role": "user", "content": "Tell me a story about a fox."}]).text
+        one, two = llm.generate(["The code of", "Hello"], max_tokens=4)
+        assert len(one.tokens) <= 4 and isinstance(two.text, str)
+
+
+def test_the_bundled_tokenizer_needs_no_torch() -> None:
+    assert Text.load(Path(DEMO)).encode_chat([{"role": "user", "content": "Hello"}])
