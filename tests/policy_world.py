@@ -397,5 +397,3 @@ def run_world(world: World, witness: bool = True, bulk: bool = False) -> SimResu
     if witness:
         watch.check_end(result)
     return result
-
-

@@ -50,9 +50,7 @@ def test_notes_are_reproducible_and_consistent():
     assert text == " ".join(expected for _, expected in pairs)
 
 
-@pytest.mark.parametrize(
-    "settings", [{}, {"num_notes": 3, "min_tokens": 9}, {"num_notes": notes.MAX_NOTES + 1}]
-)
+@pytest.mark.parametrize("settings", [{}, {"num_notes": 3, "min_tokens": 9}, {"num_notes": notes.MAX_NOTES + 1}])
 def test_notes_reject_bad_sizes(settings):
     with pytest.raises(ValueError):
         notes.make_notes(random.Random(0), **settings)

@@ -4,6 +4,7 @@ Pools are small enough that decode memory fills, and a tenth of the requests are
 """
 
 import asyncio
+import os
 import random
 from pathlib import Path
 from typing import Any
@@ -15,13 +16,12 @@ from diptych.engine.paced import PacedModel, oracle
 from diptych.journal import read_journals
 from diptych.policy.messages import Reason
 from diptych.serve.api_process import RouterFrontend
+from diptych.serve.build import cluster_card
 from diptych.serve.frontend import Job
 from diptych.serve.supervisor import Supervisor
 from diptych.serve.text import prompt_hashes
-from diptych.serve.build import cluster_card
 from diptych.sim.replay import replay
 
-import os
 MODEL = os.environ.get("TM", "demo")
 NUM_REQUESTS = 2000
 CONCURRENCY = 160

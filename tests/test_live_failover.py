@@ -1,0 +1,78 @@
+"""Workers are killed under load: their requests go on elsewhere, from the tokens the client already has.
+
+The prompt is computed again on the way (keeping its KV is a later step); no stream loses or repeats a token.
+"""
+
+import asyncio
+import os
+import random
+import signal
+from pathlib import Path
+
+from clusters import answer_of, connected, live, settled
+
+from diptych.engine.executor import Sampling
+from diptych.engine.paced import oracle
+from diptych.serve.build import cluster_card
+from diptych.serve.frontend import Job
+from diptych.serve.supervisor import Supervisor
+from diptych.serve.text import prompt_hashes
+
+TOPOLOGY = """
+engine = "paced"
+kv_memory = "512KiB"
+chunk = 128
+lease = 2.0
+[paced]
+base_ms = 4.0
+new_token_us = 50
+vocab = 300
+[[worker]]
+role = "prefill"
+count = 2
+[[worker]]
+role = "decode"
+count = 2
+"""
+
+
+def test_streams_survive_the_death_of_their_workers(tmp_path: Path) -> None:
+    topology = tmp_path / "cluster.toml"
+    topology.write_text(TOPOLOGY)
+
+    async def run(supervisor: Supervisor) -> None:
+        rng = random.Random(3)
+        card = cluster_card(supervisor.cluster)
+        async with connected(supervisor) as frontend:
+            jobs = []
+            for _ in range(60):
+                prompt = [rng.randrange(300) for _ in range(rng.randint(10, 400))]
+                root, hashes = prompt_hashes(prompt, card)
+                jobs.append(Job(prompt, 100, Sampling(), root=root, hashes=hashes))
+            streams = [frontend.submit(job)[1] for job in jobs]
+            answers = asyncio.gather(*(answer_of(stream) for stream in streams))
+            for name in ("d0", "p1", "d1"):
+                await asyncio.sleep(0.4)
+                (row,) = [row for row in await frontend.workers() if row["id"] == name]
+                os.kill(row["pid"], signal.SIGKILL)
+                await back(supervisor, frontend, name)
+            for job, (tokens, _) in zip(jobs, await asyncio.wait_for(answers, 60), strict=True):
+                assert tokens == oracle(job.tokens, 100, supervisor.cluster.paced)
+            rows = await settled(frontend)
+            assert {row["id"]: row["incarnation"] for row in rows} == {"p0": 0, "p1": 1, "d0": 1, "d1": 1}
+            _, report = await frontend.health()
+            assert report["broken_streams"] == 0 and report["totals"]["finished"] == len(jobs)
+
+    with live(topology) as supervisor:
+        asyncio.run(run(supervisor))
+
+
+async def back(supervisor: Supervisor, frontend, name: str) -> None:  # type: ignore[no-untyped-def]
+    """Let the supervisor notice, and wait until a new incarnation has joined."""
+    for _ in range(200):
+        supervisor._check(restart=True)
+        rows = {row["id"]: row for row in await frontend.workers()}
+        if name in rows and rows[name]["state"] == "up" and rows[name]["incarnation"] > 0:
+            return
+        await asyncio.sleep(0.05)
+    raise AssertionError(f"{name} did not come back")
