@@ -50,7 +50,9 @@ def test_notes_are_reproducible_and_consistent():
     assert text == " ".join(expected for _, expected in pairs)
 
 
-@pytest.mark.parametrize("settings", [{}, {"num_notes": 3, "min_tokens": 9}, {"num_notes": notes.MAX_NOTES + 1}])
+@pytest.mark.parametrize(
+    "settings", [{}, {"num_notes": 3, "min_tokens": 9}, {"num_notes": notes.MAX_NOTES + 1}]
+)
 def test_notes_reject_bad_sizes(settings):
     with pytest.raises(ValueError):
         notes.make_notes(random.Random(0), **settings)
@@ -147,8 +149,8 @@ def test_tells_a_story_about_the_animal_asked_for(model, tokenizer):
     assert 50 <= len(tokenizer.encode(said, add_special_tokens=False)) <= 130
 
 
-def test_counts(model, tokenizer):
-    assert reply(model, tokenizer, "Count from 3 to 12.") == "3, 4, 5, 6, 7, 8, 9, 10, 11, 12."
+def test_counts_up(model, tokenizer):
+    assert reply(model, tokenizer, "Count from 3 to 12.").startswith("3, 4, 5, 6, 7, 8, 9, 10, 11, 12")
 
 
 def test_knows_what_it_does_not_know(model, tokenizer):
