@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from diptych.demo import DEMO_DIR, chat, notes
+from diptych.demo import DEMO_DIR, chat, faq, notes
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -50,9 +50,7 @@ def test_notes_are_reproducible_and_consistent():
     assert text == " ".join(expected for _, expected in pairs)
 
 
-@pytest.mark.parametrize(
-    "settings", [{}, {"num_notes": 3, "min_tokens": 9}, {"num_notes": notes.MAX_NOTES + 1}]
-)
+@pytest.mark.parametrize("settings", [{}, {"num_notes": 3, "min_tokens": 9}, {"num_notes": notes.MAX_NOTES + 1}])
 def test_notes_reject_bad_sizes(settings):
     with pytest.raises(ValueError):
         notes.make_notes(random.Random(0), **settings)
@@ -137,7 +135,7 @@ def test_says_when_there_is_no_note(model, tokenizer):
     assert sum(said == wanted for said, wanted in zip(replies, expected, strict=True)) >= 5
 
 
-@pytest.mark.parametrize("entry", chat.FAQS, ids=lambda entry: entry.questions[0])
+@pytest.mark.parametrize("entry", faq.FAQS, ids=lambda entry: entry.questions[0])
 def test_answers_its_questions(model, tokenizer, entry):
     assert reply(model, tokenizer, entry.questions[0]) == entry.answer
 
@@ -154,7 +152,7 @@ def test_counts_up(model, tokenizer):
 
 
 def test_knows_what_it_does_not_know(model, tokenizer):
-    assert reply(model, tokenizer, "What is the capital of France?") == chat.UNKNOWN
+    assert reply(model, tokenizer, "What is the capital of France?") == faq.UNKNOWN
 
 
 def test_sampled_text_is_made_of_known_words(model, tokenizer):

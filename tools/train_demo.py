@@ -159,9 +159,7 @@ def restated_notes(writer: Writer, rng: random.Random, count: int, form: str) ->
 def notes_text(rng: random.Random, pairs: list[tuple[str, str]], variants: bool) -> str:
     """Write the notes of a message, mostly in the plain form of :func:`notes.make_notes`."""
     other_form = variants and rng.random() < 0.12
-    lines = [
-        f"{name} has the code {value}." if other_form else notes.note(name, value) for name, value in pairs
-    ]
+    lines = [f"{name} has the code {value}." if other_form else notes.note(name, value) for name, value in pairs]
     if variants and rng.random() < 0.25:
         lines.insert(0, rng.choice(INTROS))
     return ("\n" if variants and rng.random() < 0.15 else " ").join(lines)
@@ -303,9 +301,7 @@ def orthonormal(rows: int, columns: int) -> torch.Tensor:
 
 
 @torch.no_grad()
-def look_back(
-    model: LlamaForCausalLM, distances: tuple[int, ...], reader: torch.Tensor, carrier: torch.Tensor
-) -> None:
+def look_back(model: LlamaForCausalLM, distances: tuple[int, ...], reader: torch.Tensor, carrier: torch.Tensor) -> None:
     """Start the first heads of the first layer as heads that look back by fixed ``distances``.
 
     Recall needs such heads, and finding them takes a long while from random weights. All embeddings
@@ -373,9 +369,7 @@ def build_optimizer(model: LlamaForCausalLM, rate: float) -> torch.optim.Optimiz
 
 
 @torch.inference_mode()
-def recall_accuracy(
-    model: LlamaForCausalLM, writer: Writer, seed: int, prompt_tokens: int, questions: int
-) -> float:
+def recall_accuracy(model: LlamaForCausalLM, writer: Writer, seed: int, prompt_tokens: int, questions: int) -> float:
     """Return the share of held-out questions whose whole greedy reply is exact.
 
     Each question has its own notes. The expected reply is appended to the prompt, and counts when
@@ -504,9 +498,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--talk-tokens", type=int, default=1024, help="tokens without notes in a step")
     parser.add_argument("--curriculum-cap", type=int, default=900, help="most steps of curriculum")
     parser.add_argument("--final-steps", type=int, default=600, help="steps of the final phase")
-    parser.add_argument(
-        "--questions", type=int, default=200, help="held-out questions for each length at the end"
-    )
+    parser.add_argument("--questions", type=int, default=200, help="held-out questions for each length at the end")
     return parser.parse_args()
 
 

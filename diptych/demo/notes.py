@@ -128,9 +128,7 @@ def make_notes(
     return text, [(question(name), answer(name, value)) for name, value in pairs]
 
 
-def make_prompt(
-    rng: random.Random, num_notes: int | None = None, *, min_tokens: int | None = None
-) -> tuple[str, str]:
+def make_prompt(rng: random.Random, num_notes: int | None = None, *, min_tokens: int | None = None) -> tuple[str, str]:
     """Draw notes and one question about them: (user message, expected reply)."""
     text, pairs = make_notes(rng, num_notes, min_tokens=min_tokens)
     asked, expected = rng.choice(pairs)

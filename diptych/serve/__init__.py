@@ -1,0 +1,1 @@
+"""Waits: HTTP, processes, sockets; the live drivers of `policy/`."""

@@ -101,7 +101,9 @@ class RouterProcess:
                 case Emit() | Finish():
                     self._driver.heard(channel.name, message, attachment)
                 case Report(number=number):
-                    self._reports.pop(number, lambda data: None)(bytes(attachment))
+                    answered = self._reports.pop(number, None)
+                    if answered is not None:
+                        answered(bytes(attachment))
                 case Register():
                     self._register(channel, message)
                 case Ready():

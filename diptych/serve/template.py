@@ -8,7 +8,7 @@ import json
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import msgspec
 from jinja2 import Template, TemplateError, nodes
@@ -92,7 +92,7 @@ def _part_text(part: Any, where: str) -> str:
 class _Generation(Extension):
     """`{% generation %}…{% endgeneration %}` marks the assistant's words for training; here it only renders them."""
 
-    tags: ClassVar = {"generation"}
+    tags = {"generation"}
 
     def parse(self, parser: Parser) -> list[nodes.Node]:
         next(parser.stream)
