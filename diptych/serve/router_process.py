@@ -22,7 +22,7 @@ from diptych.serve import process
 from diptych.serve.channel import Channel, listen
 from diptych.serve.clock import Clock
 from diptych.serve.router import RouterDriver
-from diptych.serve.wire import Ask, Deliver, Hello, Meet, Ready, Register, Report, Submit, unpack_ticket
+from diptych.serve.wire import Ask, Bye, Deliver, Hello, Meet, Ready, Register, Report, Submit, unpack_ticket
 
 log = logging.getLogger(__name__)
 
@@ -108,6 +108,8 @@ class RouterProcess:
                     self._register(channel, message)
                 case Ready():
                     self._ready(channel)
+                case Bye():
+                    self._worker_lost(channel, "it was told to stop", logging.INFO)
                 case _:
                     raise ProtocolError(f"a worker does not say {type(message).__name__}")
 
@@ -135,11 +137,11 @@ class RouterProcess:
             WorkerUp(card.worker, card.incarnation, Role(card.role), card.num_blocks, card.block_size)
         )
 
-    def _worker_lost(self, channel: Channel, why: str) -> None:
+    def _worker_lost(self, channel: Channel, why: str, level: int = logging.WARNING) -> None:
         joined = self._workers.get(channel.name)
         if joined is None or joined.channel is not channel:
             return
-        log.warning("worker %s is lost: %s", channel.name, why)
+        log.log(level, "worker %s is lost: %s", channel.name, why)
         del self._workers[channel.name]
         if joined.up:
             self._driver.worker_lost(channel.name)

@@ -101,11 +101,11 @@ class Report:
 
 
 @dataclass(frozen=True, slots=True)
-class Stop:
-    """Finish what is running and end."""
+class Bye:
+    """A worker that was told to stop is about to hang up."""
 
 
-_OWN_TYPES = (Hello, Welcome, Register, Meet, Ready, Submit, Deliver, Ask, Report, Stop)
+_OWN_TYPES = (Hello, Welcome, Register, Meet, Ready, Submit, Deliver, Ask, Report, Bye)
 CODEC = journal.POLICY.including(journal.Codec(_OWN_TYPES, first_code=64))
 
 

@@ -37,7 +37,7 @@ from diptych.serve.build import Parts, build
 from diptych.serve.channel import Channel, call, listen
 from diptych.serve.clock import Clock
 from diptych.serve.compute import ComputeThread
-from diptych.serve.wire import Ask, Hello, Meet, Ready, Register, Report
+from diptych.serve.wire import Ask, Bye, Hello, Meet, Ready, Register, Report
 from diptych.serve.worker import ToPeer, WorkerDriver
 from diptych.transfer.seam import Peer, Plan, Transfer
 from diptych.transfer.shm import ShmTransport
@@ -92,6 +92,8 @@ class WorkerProcess:
         try:
             log.info("ends: %s", await self._over)
         finally:
+            self._router.say(Bye())
+            self._router.flush()
             server.close()
             self._compute.stop()
             await self._transport.close(1.0)
