@@ -3,7 +3,8 @@
     python benchmarks/modes.py --engine paced|torch [--rounds 3] [--seconds 30] [--out FILE] [--markdown]
 
 Short chats arrive at random, and a long prompt every few seconds. Each mode has two workers (with torch: half of the
-cores each); router, API process and load generator share the same cores in every mode. One cluster lives at a time;
+cores each); router, API process and load generator share the same cores in every mode. Besides the three there is
+"budgeted": chunks cut so that a step with decodes stays inside an inter-token budget. One cluster lives at a time;
 rounds are interleaved (A B C A B C), every round sends the same seeded load to a fresh cluster after a warm-up. Traffic
 goes to 127.0.0.1 only. Not responsible for saying which mode is best: that depends on the load.
 """
@@ -26,6 +27,7 @@ from diptych.bench.slo import Slo, parse_slo
 from diptych.config import Cluster, load_cluster, parse_cores
 
 WARMUP_S = 3.0
+ITL_BUDGET_S = 0.02  # of the budgeted mode
 MODES = ("unified", "chunked", "disaggregated", "budgeted")
 
 
@@ -122,7 +124,7 @@ def _cluster(mode: str, arguments: argparse.Namespace) -> Cluster:
         case "chunked":
             flags |= {"mixed": 2, "chunk": arguments.chunk}
         case "budgeted":
-            flags |= {"mixed": 2, "chunk": 512, "itl_budget": 0.02}
+            flags |= {"mixed": 2, "chunk": 512, "itl_budget": ITL_BUDGET_S}
         case _:
             flags |= {"prefill": 1, "decode": 1, "chunk": 512}
     if arguments.engine == "paced":
@@ -171,31 +173,37 @@ class Row:
     value: Callable[[Round], float | None]
 
 
-def _ms(value: float | None) -> float | None:
-    return None if value is None else value * 1e3
+Read = Callable[[Summary], float | None]
+
+
+def _of(kind: str, read: Read, scale: float = 1e3) -> Callable[[Round], float | None]:
+    """A figure of one kind of request, in milliseconds."""
+
+    def value(found: Round) -> float | None:
+        figure = read(found.kinds[kind])
+        return None if figure is None else figure * scale
+
+    return value
+
+
+def _quantile(what: str, quantile: str) -> Read:
+    return lambda summary: getattr(getattr(summary, what), quantile)
 
 
 def _rows(sample: Round) -> list[Row]:
     rows = []
     for kind in [kind for kind in ("chat", "long") if kind in sample.kinds]:
-        tail = sample.kinds[kind].ttft.tail[0]
-        itl_tail = sample.kinds[kind].itl.tail[0]
-        # fmt: off
-        rows += [
-            Row(f"{kind}: TTFT p50, ms", lambda r, k=kind: _ms(r.kinds[k].ttft.p50)),
-            Row(f"{kind}: TTFT {tail}, ms", lambda r, k=kind, t=tail: _ms(getattr(r.kinds[k].ttft, t))),
-            Row(f"{kind}: token 1 to token 2 p50, ms", lambda r, k=kind: _ms(r.kinds[k].second.p50)),
-            Row(f"{kind}: ITL p50, ms", lambda r, k=kind: _ms(r.kinds[k].itl.p50)),
-            Row(f"{kind}: ITL {itl_tail}, ms", lambda r, k=kind, t=itl_tail: _ms(getattr(r.kinds[k].itl, t))),
-            Row(f"{kind}: worst 1 % of gaps, ms", lambda r, k=kind: _ms(r.kinds[k].worst_gaps_s)),
-            Row(f"{kind}: longest stall, ms", lambda r, k=kind: _ms(r.kinds[k].stall_s)),
-        ]
-        # fmt: on
+        summary = sample.kinds[kind]
+        for what, name in (("ttft", "TTFT"), ("second", "token 1 to token 2"), ("itl", "ITL")):
+            for quantile in ("p50", getattr(summary, what).tail[0]):
+                rows.append(Row(f"{kind}: {name} {quantile}, ms", _of(kind, _quantile(what, quantile))))
+        rows.append(Row(f"{kind}: worst 1 % of gaps, ms", _of(kind, lambda s: s.worst_gaps_s)))
+        rows.append(Row(f"{kind}: longest stall, ms", _of(kind, lambda s: s.stall_s)))
     return [
         *rows,
-        Row("answer tokens/s", lambda r: r.kinds["all"].tokens_per_s),
-        Row("in SLO, %", lambda r: 100 * r.kinds["all"].num_good / max(r.kinds["all"].num, 1)),
-        Row("errors", lambda r: r.kinds["all"].num_errors),
+        Row("answer tokens/s", _of("all", lambda s: s.tokens_per_s, 1)),
+        Row("in SLO, %", _of("all", lambda s: s.num_good / max(s.num, 1), 100)),
+        Row("errors", _of("all", lambda s: s.num_errors, 1)),
         Row("CPU of all processes, cores", lambda r: sum(use.busy for use in r.usage.processes.values())),
     ]
 

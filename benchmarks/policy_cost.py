@@ -1,4 +1,4 @@
-"""What a decision costs, and what it weighs on the wire, as contexts grow: both must not depend on the context's length.
+"""What a decision costs and weighs on the wire as contexts grow: neither may depend on the context's length.
 
     python benchmarks/policy_cost.py [--contexts 1k,4k,16k,64k,128k] [--batches 1,32] [--out FILE] [--markdown]
 
@@ -49,6 +49,7 @@ CHUNK = 512
 NUM_DECODES = 256
 NUM_ROUTER_WORKERS = 8
 NUM_ROUTED = 50
+ONCE = " (once per request)"
 
 
 @dataclass(slots=True)
@@ -94,16 +95,20 @@ def digests(stem: int, num_tokens: int) -> tuple[bytes, ...]:
     return tuple(stem.to_bytes(8, "big") + i.to_bytes(8, "big") for i in range(num_tokens // BLOCK))
 
 
-def place(worker: str, rid: int, part: Role, peer: str, num_prompt: int) -> Place:
+def longest_answer(context: int, batch: int) -> int:
+    """So many tokens that nobody is done while others are still being read, and all decode together after that."""
+    return 2 * batch * context // CHUNK + NUM_DECODES + 2 * BLOCK
+
+
+def place(worker: str, rid: int, part: Role, peer: str, num_prompt: int, max_new: int) -> Place:
     """A request without a past."""
-    max_new = NUM_DECODES + BLOCK
     hashes = digests(rid, num_prompt)
     return Place(worker, rid, part, peer, num_prompt, num_prompt, max_new, hashes, 0, rid)
 
 
 def probe(name: str, role: Role, context: int, batch: int, tally: Tally) -> Probe:
-    """A worker whose pool just holds what it is to hold."""
-    num_blocks = batch * (-(-(context + NUM_DECODES + 2 * BLOCK) // BLOCK) + 2)
+    """A worker whose pool holds what it is to hold, and a little more."""
+    num_blocks = batch * ((context + longest_answer(context, batch)) // BLOCK + 2)
     return Probe(Worker(WorkerSpec(name, role, num_blocks, BLOCK, CHUNK)), tally)
 
 
@@ -112,17 +117,17 @@ def probe(name: str, role: Role, context: int, batch: int, tally: Tally) -> Prob
 
 def mixed_worker(context: int, batch: int, tally: Tally) -> None:
     """One worker does it all: chunks until every prompt is read, then decodes."""
-    worker = probe("m0", Role.MIXED, context, batch, tally)
+    worker, max_new = probe("m0", Role.MIXED, context, batch, tally), longest_answer(context, batch)
     for rid in range(batch):
-        event = place("m0", rid, Role.MIXED, "", context)
-        tally.weigh("Place (once per request)", event)
-        worker.on("Place (once per request)", event)
+        event = place("m0", rid, Role.MIXED, "", context, max_new)
+        tally.weigh(f"Place{ONCE}", event)
+        worker.on(f"Place{ONCE}", event)
     num_ready, seen = 0, set[int]()
     while num_ready < batch:
         run, orders = worker.step("prefill")
         first = any(piece.rid not in seen for piece in run.slices)
         seen.update(piece.rid for piece in run.slices)
-        tally.weigh("Run with a new request (once)" if first else "Run prefill", run)
+        tally.weigh(f"Run with a newcomer{ONCE}" if first else "Run prefill", run)
         num_ready += sum(isinstance(order, Emit) and order.first == 0 for order in orders)
     decode(worker, "decode", batch)
 
@@ -150,8 +155,9 @@ def pair(context: int, batch: int, tally: Tally) -> None:
     )
     probes = {"p0": source, "d0": sink}
     for rid in range(batch):
-        sink.on("Place (once per request)", place("d0", rid, Role.DECODE, "p0", context))
-        carry(probes, "p0", source.on("Place (once per request)", place("p0", rid, Role.PREFILL, "d0", context)))
+        for worker, role, peer in (("d0", Role.DECODE, "p0"), ("p0", Role.PREFILL, "d0")):
+            event = place(worker, rid, role, peer, context, longest_answer(context, batch))
+            carry(probes, worker, probes[worker].on(f"Place{ONCE}", event))
     while source.runs:
         _, orders = source.step("prefill")
         carry(probes, "p0", orders)
@@ -159,7 +165,7 @@ def pair(context: int, batch: int, tally: Tally) -> None:
     for _ in range(4 * batch):  # steps taken while others were still coming
         if len(sink.runs[0].slices) == batch:
             break
-        sink.step("while others come")
+        sink.step(f"with newcomers{ONCE}")
     decode(sink, "decode", batch)
 
 
@@ -168,7 +174,8 @@ def carry(probes: dict[str, Probe], sender: str, orders: list[Any]) -> None:
     queue = deque((sender, order) for order in orders)
     while queue:
         sender, order = queue.popleft()
-        name = type(order).__name__
+        name = type(order).__name__ + ("" if isinstance(order, Publish | Pull) else ONCE)
+        event: Any
         match order:
             case Publish() | Offer() | Done() | Answer() | Drop():
                 probes[sender].tally.weigh(name, order)
@@ -202,7 +209,7 @@ def router(context: int, tally: Tally) -> None:
 
 def routed(policy: Router, request: int, context: int) -> Iterator[tuple[str, Any]]:
     """What the router hears of one request."""
-    yield "Submitted (once per request)", Submitted(request, context, 64, digests(request, context))
+    yield f"Submitted{ONCE}", Submitted(request, context, 64, digests(request, context))
     view = policy.requests[request]
     yield "Progress", Progress(view.rid)
     yield "Finish", Finish(view.rid, view.prefill, Reason.HANDED_OVER)

@@ -9,6 +9,7 @@ requests are sent (`load.py`) or what their times mean (`report.py`).
 import asyncio
 import contextlib
 import socket
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum, auto
 from time import perf_counter
@@ -57,6 +58,7 @@ class Client:
         self._address = (host, port)
         self._head = f"POST {path} HTTP/1.1\r\nhost: {host}:{port}\r\ncontent-type: application/json\r\n".encode()
         self._idle: list[Connection] = []
+        self._open: set[Connection] = set()
         self.num_opened = 0
 
     async def send(self, body: bytes, record: Record) -> Record:
@@ -71,7 +73,7 @@ class Client:
         try:
             await connection.exchange(request, record)
         except asyncio.CancelledError:
-            record.error = record.error or "unfinished"
+            record.error, record.ended_s = record.error or "unfinished", perf_counter()
             connection.abort()
             raise
         if connection.reusable:
@@ -82,23 +84,27 @@ class Client:
 
     async def warm(self, num: int) -> None:
         """Open that many connections, so that the first requests need not."""
-        self._idle += await asyncio.gather(*(self._open() for _ in range(num)))
+        self._idle += await asyncio.gather(*(self._connect() for _ in range(num)))
 
-    def close(self) -> None:
-        """Close idle connections."""
-        while self._idle:
-            self._idle.pop().abort()
+    async def close(self) -> None:
+        """Close every connection."""
+        for connection in self._open:
+            connection.abort()
+        while self._open:
+            await asyncio.sleep(0)
 
     async def _connection(self) -> "Connection":
         while self._idle:
             connection = self._idle.pop()
             if connection.reusable:
                 return connection
-        return await self._open()
+        return await self._connect()
 
-    async def _open(self) -> "Connection":
+    async def _connect(self) -> "Connection":
+        loop = asyncio.get_running_loop()
+        _, connection = await loop.create_connection(lambda: Connection(self._open.discard), *self._address)
         self.num_opened += 1
-        _, connection = await asyncio.get_running_loop().create_connection(Connection, *self._address)
+        self._open.add(connection)
         return connection
 
 
@@ -111,10 +117,11 @@ class _At(Enum):
 
 
 class Connection(asyncio.Protocol):
-    """One HTTP/1.1 connection, one request at a time."""
+    """One HTTP/1.1 connection, one request at a time. `lost` is called when it is closed."""
 
-    def __init__(self) -> None:
+    def __init__(self, lost: "Callable[[Connection], None]" = lambda connection: None) -> None:
         self.reusable = True
+        self._lost = lost
         self._transport: asyncio.Transport
         self._record = Record()
         self._done: asyncio.Future[None] | None = None
@@ -134,8 +141,9 @@ class Connection(asyncio.Protocol):
         await self._done
 
     def abort(self) -> None:
-        """Hang up at once."""
+        """Hang up at once; what is under way is not told."""
         self.reusable = False
+        self._at = _At.OVER
         self._transport.abort()
 
     # --- asyncio.Protocol ----------------------------------------------------------------------------------------
@@ -161,6 +169,7 @@ class Connection(asyncio.Protocol):
         self.reusable = False
         if self._at is not _At.OVER:
             self._fail(f"the connection ended early: {error or 'closed by the server'}")
+        self._lost(self)
 
     # --- HTTP ----------------------------------------------------------------------------------------------------
 
@@ -204,7 +213,7 @@ class Connection(asyncio.Protocol):
         if not end:
             return False
         status, *lines = head.lower().split(b"\r\n")
-        headers = dict((line.partition(b":")[0], line.partition(b":")[2].strip()) for line in lines)
+        headers = {line.partition(b":")[0]: line.partition(b":")[2].strip() for line in lines}
         self._status = int(status.split(b" ", 2)[1])
         self.reusable = self.reusable and headers.get(b"connection") != b"close"
         self._data = rest

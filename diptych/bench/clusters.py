@@ -72,7 +72,7 @@ async def _drive(
     stopwatch = Stopwatch(pids | {"client": os.getpid()})
     records = await open_loop(client, shots, drain_s)
     usage = stopwatch.lap()
-    client.close()
+    await client.close()
     return records, usage
 
 

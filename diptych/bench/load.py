@@ -6,11 +6,12 @@ HTTP (`client.py`) or for what came out (`report.py`).
 """
 
 import asyncio
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import takewhile
 from random import Random
 from time import perf_counter
+from typing import Any
 
 from diptych.bench.client import Client, Record, completion
 
@@ -30,20 +31,23 @@ LONG = Shape("long", (2000, 4000), (16, 32))
 
 @dataclass(frozen=True, slots=True)
 class Shot:
-    """One request: sent at `at_s` after the start."""
+    """One request: sent at `at_s` after the start. `fields` are further fields of its body."""
 
     at_s: float
     kind: str
-    prompt: tuple[int, ...]
+    prompt: Sequence[int] | str
     max_tokens: int
+    fields: Mapping[str, Any] = field(default_factory=dict)
 
     def body(self) -> bytes:
         """What is posted."""
-        return completion(list(self.prompt), self.max_tokens)
+        prompt = self.prompt if isinstance(self.prompt, str) else list(self.prompt)
+        return completion(prompt, self.max_tokens, **self.fields)
 
     def record(self, start_s: float) -> Record:
-        """Its empty record."""
-        return Record(self.kind, len(self.prompt), self.max_tokens, start_s + self.at_s)
+        """Its empty record. How many tokens a text is, only the server knows."""
+        num_prompt = 0 if isinstance(self.prompt, str) else len(self.prompt)
+        return Record(self.kind, num_prompt, self.max_tokens, start_s + self.at_s)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,11 +70,12 @@ def regular(shape: Shape, every_s: float, seconds: float, seed: int, vocab: int)
     return _shots(shape, (every_s * (i + 0.5) for i in range(1 << 62)), seconds, seed, vocab)
 
 
-def mixed(mix: Mix, seconds: float, seed: int, vocab: int) -> list[Shot]:
-    """Chats and long prompts, in order of time."""
+def mixed(mix: Mix, seconds: float, seed: int, vocab: int, fields: Mapping[str, Any] | None = None) -> list[Shot]:
+    """Chats and long prompts, in order of time; `fields` go into every body."""
     shots = poisson(mix.chat, mix.rate, seconds, seed, vocab) if mix.rate > 0 else []
     if mix.long_every_s > 0:
         shots += regular(mix.long, mix.long_every_s, seconds, seed, vocab)
+    shots = [replace(shot, fields=fields) for shot in shots] if fields else shots
     return sorted(shots, key=lambda shot: shot.at_s)
 
 

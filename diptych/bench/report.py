@@ -1,8 +1,8 @@
 """What the times of many requests come to: latencies, stalls, throughput, goodput; as JSON and as tables.
 
-TTFT: sent to first token. ITL: gap between two tokens of one answer as they came. TPOT: an answer's mean gap. Second: the
-gap between token 1 and token 2, where a handover shows. A quantile is shown only where there are samples for it: p95
-and p99 from 1,000 on, below that p90 is the last. Not responsible for comparing servers (`rounds.py`).
+TTFT: sent to first token. ITL: gap between two tokens of one answer as they came. Second: the gap between token 1 and
+token 2, where a handover shows. TPOT: an answer's mean gap. A quantile is shown only where there are samples for it:
+p95 and p99 from 1,000 on, below that p90 is the last. Not responsible for comparing servers (`rounds.py`).
 """
 
 from collections import Counter
