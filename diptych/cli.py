@@ -10,10 +10,13 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from diptych import __version__
 from diptych.errors import DiptychError
+
+if TYPE_CHECKING:
+    from diptych.journal import Recording
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -134,6 +137,9 @@ def _add_replay(commands: Any) -> None:
         description="Feed a journal's events to fresh policy objects and compare every order with the recorded one.",
     )
     parser.add_argument("journal", type=Path, metavar="FILE", help="a journal folder, or one file of it")
+    parser.add_argument(
+        "--closed-loop", action="store_true", help="also live through the run again in the simulator, at measured costs"
+    )
     parser.set_defaults(command=_replay)
 
 
@@ -146,7 +152,8 @@ def _replay(arguments: argparse.Namespace) -> int:
 
     table = Table("object", "incarnation", "events", "orders", "result")
     differences = []
-    for recording in read_journals(arguments.journal):
+    recordings = read_journals(arguments.journal)
+    for recording in recordings:
         outcome = replay(recording)
         header = recording.header
         result = "the same" if outcome.difference is None else "DIFFERS"
@@ -154,6 +161,23 @@ def _replay(arguments: argparse.Namespace) -> int:
         if outcome.difference is not None:
             differences.append(f"{header.object}: {outcome.difference}")
     Console().print(table)
+    if arguments.closed_loop:
+        differences += _closed_loop(recordings)
     for difference in differences:
         print(difference)
     return 1 if differences else 0
+
+
+def _closed_loop(recordings: "list[Recording]") -> list[str]:
+    """Show whether the simulator, given only requests and durations, makes the same decisions; returns differences."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from diptych.sim.rerun import rerun
+
+    table = Table("object", "decisions", "simulated")
+    comparisons = rerun(recordings)
+    for made in comparisons:
+        table.add_row(made.object, str(made.num_decisions), "the same" if made.difference is None else "DIFFERS")
+    Console().print(table)
+    return [f"{made.object}: {made.difference}" for made in comparisons if made.difference is not None]

@@ -50,6 +50,11 @@ class BlockPool:
         """Blocks that `take` can give now: free ones, and cached ones nobody uses."""
         return len(self._free) + len(self._cached)
 
+    @property
+    def num_quarantined(self) -> int:
+        """Blocks that will be free once the last read into them has settled."""
+        return self._count[State.QUARANTINED]
+
     def counts(self) -> dict[str, int]:
         """How many blocks are in each state."""
         return {state.name.lower(): self._count[state] for state in State}

@@ -49,8 +49,9 @@ class Incoming:
 
     @property
     def complete(self) -> bool:
-        """Every block is here and verified."""
-        return self.final and not self.broken and self.arrived == len(self.published) == len(self.seq.blocks)
+        """Every block is here and verified, and nothing reads at the source any more."""
+        here = self.arrived == len(self.published) == len(self.seq.blocks)
+        return self.final and not self.broken and here and self.num_reads == 0
 
 
 class Sink:
@@ -95,6 +96,8 @@ class Sink:
         if coming is not None and not coming.final:
             coming.published += event.blocks
             coming.final = event.final
+            if len(coming.published) != self._pool.blocks_for(event.num_tokens):
+                coming.broken = True  # an earlier part came before our Place and was forgotten
         return coming
 
     def pledge(self, coming: Incoming) -> None:
@@ -132,22 +135,26 @@ class Sink:
         return coming
 
     def failed(self, pull: int, now: float) -> tuple[Incoming | None, list[WorkerOrder]]:
-        """A read failed: its sequence is to be computed here once it is all known."""
+        """A live read failed: its sequence is to be computed here once it is all known."""
         reading = self._reads.get(pull)
         if reading is None or not reading.live:
             return None, []
         coming = self._incoming[reading.rid]
         return coming, self.give_up(coming, now)
 
-    def settled(self, pull: int) -> list[WorkerOrder]:
+    def settled(self, pull: int, now: float) -> list[WorkerOrder]:
         """Nothing of a cancelled or failed read can land any more: its blocks are free."""
         reading = self._reads.pop(pull, None)
         if reading is None:
             return []
-        if reading.live:  # settled without a word: the transport gave it up
-            self._pool.quarantine(reading.target)
         self._pool.settle(reading.target)
-        return self._count_down(reading.rid)
+        coming = self._incoming.get(reading.rid)
+        if coming is None:
+            return self._count_down(reading.rid)
+        coming.num_reads -= 1
+        if coming.num_reads == 0 and not coming.broken:
+            coming.stage.climb(Stage.OFFERED, now)
+        return self.ask(coming)
 
     def give_up(self, coming: Incoming, now: float) -> list[WorkerOrder]:
         """It cannot be read: free what arrived, quarantine what may still be written; it stays expected."""
@@ -183,6 +190,10 @@ class Sink:
         coming.asked = True
         return [Done(coming.seq.peer, coming.seq.rid)]
 
+    def settling(self, rid: int) -> bool:
+        """It is wanted no more, but reads of it may still touch memory; the source hears Drop after the last."""
+        return rid in self._unread
+
     def of_peer(self, peer: str) -> list[Incoming]:
         """Everything expected from one peer."""
         return [coming for coming in self._incoming.values() if coming.seq.peer == peer]
@@ -215,7 +226,7 @@ class Sink:
                 orders.append(CancelPull(pull))
         self._pool.release(block for block in coming.seq.blocks if block not in reserved)
         coming.seq.restart()
-        coming.arrived = coming.num_reads = 0
+        coming.arrived = 0
         coming.pledged = False
         if reserved:
             coming.stage.climb(Stage.QUARANTINED, now)

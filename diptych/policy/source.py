@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from math import inf
 
 from diptych.policy.blocks import BlockPool
-from diptych.policy.messages import Answer, Beat, Done, Offer, Publish, Revoke, WorkerOrder
+from diptych.policy.messages import Answer, Done, Offer, Publish, Revoke, WorkerOrder
 from diptych.policy.sequence import Sequence
 
 
@@ -83,12 +83,11 @@ class Source:
         self._close(offer)
         return offer.seq
 
-    def beat(self, event: Beat, now: float) -> None:
-        """The peer still wants these."""
-        for rid in event.rids:
-            offer = self._offers.get(rid)
-            if offer is not None and offer.lease != inf:
-                offer.lease = now + self._lease_s
+    def beat(self, rid: int, now: float) -> None:
+        """The peer still wants this."""
+        offer = self._offers.get(rid)
+        if offer is not None and offer.lease != inf:
+            offer.lease = now + self._lease_s
 
     def lose(self, peer: str) -> list[Sequence]:
         """A peer is gone, and with it every reader: the sequences that are free now."""

@@ -63,10 +63,12 @@ class Worker:
         self.times = StepTimes()
         self.source = Source(self.pool, spec.lease_s)
         self.sink = Sink(self.pool, spec.lease_s)
-        self.seqs: dict[int, Sequence] = {}  # everything placed here that has not said its Finish
+        self.seqs: dict[int, Sequence] = {}  # everything placed here that has not ended, or is still in a step
         self.claims: list[Sequence] = []  # those that need memory before they can go on, oldest first
         self.running: list[Sequence] = []  # those with memory for every token known so far, oldest first
         self.num_preempted = 0
+        self._num_freed = 0  # how often a sequence had its memory taken back
+        self._starved: Sequence | None = None  # the oldest that could not decode for want of a block
         self._steps: dict[int, tuple[Slice, ...]] = {}
         self._next_step = 0
         self._early: dict[int, list[Publish]] = {}  # heard from a peer before our own Place came
@@ -89,7 +91,7 @@ class Worker:
             case ReadFailed(pull=pull):
                 self._read_failed(now, pull)
             case Settled(pull=pull):
-                self._orders += self.sink.settled(pull)
+                self._settled(now, pull)
             case Done():
                 self._done(now, event)
             case Answer():
@@ -99,17 +101,24 @@ class Worker:
             case Revoke():
                 self._revoked(now, event)
             case Beat():
-                self.source.beat(event, now)
+                self._beaten(now, event)
             case PeerLost(peer=peer):
                 self._peer_lost(now, peer)
             case Offer():
                 pass  # memory is given to KV that exists, so a promise alone changes nothing here
             case Tick():
                 self._tick(now)
-        self._grant(now)
-        self._compose(now)
+        while self._proceed(now):
+            pass
         orders, self._orders = self._orders, []
         return orders
+
+    def _proceed(self, now: float) -> bool:
+        """Hand out memory and plan steps; True if planning took memory back, or met a want that held others up."""
+        starved, num_freed = self._starved, self._num_freed
+        self._grant(now)
+        self._compose(now)
+        return num_freed != self._num_freed or (starved is not None and self._starved is None)
 
     def next_deadline(self) -> float | None:
         """When a Tick is wanted next, if at all."""
@@ -137,7 +146,7 @@ class Worker:
     def _place(self, now: float, place: Place) -> None:
         seq = Sequence(place, now)
         self.seqs[seq.rid] = seq
-        if self.pool.blocks_for(seq.target) > self.pool.num_blocks:
+        if self.pool.blocks_for(seq.target - 1) > self.pool.num_blocks:  # the last token's KV is never written
             self._end(now, seq, Reason.REFUSED)
         elif place.part == Role.DECODE:
             self.sink.expect(seq, now)
@@ -148,8 +157,11 @@ class Worker:
 
     def _grant(self, now: float) -> None:
         """Give memory to those who need it, oldest first, until one cannot have what it needs."""
+        starved = self._starved
         while self.claims:
             seq = self.claims[0]
+            if starved is not None and starved.ended is None and starved.key < seq.key:
+                return  # what becomes free is for whoever had it taken back for its sake
             coming = self.sink.get(seq.rid)
             if not (self._reserve(now, coming) if coming else self._admit(now, seq)):
                 if self.running or self._steps or not self.sink.stuck() or not self._evict_youngest(now, seq):
@@ -207,7 +219,10 @@ class Worker:
 
     def _compose(self, now: float) -> None:
         while len(self._steps) < self.spec.depth:
+            self._starved = None
             slices = compose(self.running, self.pool, self.spec, self.times, lambda seq: self._make_room(now, seq))
+            if not slices and self._yield_memory(now):
+                continue
             if not slices:
                 return
             self._next_step += 1
@@ -226,7 +241,8 @@ class Worker:
             seq = self.seqs[piece.rid]
             seq.inflight -= 1
             if seq.ended is not None:
-                self._end(now, seq, seq.ended)
+                if seq.inflight == 0:
+                    self._let_go(now, seq)
                 continue
             seq.computed = piece.start + piece.count + event.count - 1
             self._seal(seq)
@@ -275,6 +291,9 @@ class Worker:
 
     def _make_room(self, now: float, seq: Sequence) -> bool:
         """Free a block for a decode that has none left, at the cost of whoever is youngest; False if it must wait."""
+        if self.pool.num_quarantined:  # taken back already, and free as soon as no read can touch it
+            self._starved = self._starved or seq
+            return False
         others = [o for o in self.running if o.key > seq.key and not o.inflight and o.part != Role.PREFILL and o.blocks]
         victim = max(others, key=_age, default=None)
         coming = self.sink.youngest(seq.key)
@@ -282,11 +301,22 @@ class Worker:
             self._evict(now, coming)
         elif victim is not None:
             self._preempt(now, victim)
+        if self.pool.num_available == 0:
+            self._starved = self._starved or seq
         return self.pool.num_available > 0
+
+    def _yield_memory(self, now: float) -> bool:
+        """Nobody who runs can go on, older KV on its way here holds what they lack: the youngest gives its own back."""
+        if self._steps or not self.running or not self.sink.stuck():
+            return False
+        self._preempt(now, self.running[-1])
+        self._grant(now)
+        return bool(self.running)
 
     def _preempt(self, now: float, seq: Sequence) -> None:
         """Free all its blocks; it will compute its KV again when it is its turn."""
         self.num_preempted += 1
+        self._num_freed += 1
         self.running.remove(seq)
         self.pool.release(reversed(seq.blocks))
         seq.restart()
@@ -295,6 +325,7 @@ class Worker:
 
     def _evict(self, now: float, coming: Incoming) -> None:
         """Take back the memory of a sequence that is still on its way; it is read again when it is its turn."""
+        self._num_freed += 1
         self._orders += self.sink.evict(coming, now)
         self._claim(coming)
 
@@ -309,10 +340,15 @@ class Worker:
             coming.claims = True
             insort(self.claims, coming.seq, key=_age)
 
+    def _unclaim(self, coming: Incoming) -> None:
+        if coming.claims:
+            coming.claims = False
+            self.claims.remove(coming.seq)
+
     # --- handover: decode side -----------------------------------------------------------------------------------
 
     def _keep_early(self, now: float, event: Publish) -> None:
-        """A peer may speak of a request before our own Place arrives; what nobody claims is forgotten in time."""
+        """A peer may speak of a request before our own Place arrives; what nobody claims is declined in time."""
         if event.rid not in self.seqs:
             self._early.setdefault(event.rid, []).append(event)
             self._early_until.append((now + self.spec.lease_s, event.rid))
@@ -322,8 +358,8 @@ class Worker:
         if coming is None:
             self._keep_early(now, event)
         elif coming.broken:
-            if coming.final:
-                self._recompute(now, coming, drop=True)
+            self._orders += self.sink.give_up(coming, now)
+            self._broken(now, coming)
         elif coming.lacks or not coming.pledged:
             self._claim(coming)
         else:
@@ -331,12 +367,22 @@ class Worker:
 
     def _read(self, now: float, pull: int) -> None:
         coming = self.sink.read(pull, now)
-        self._orders += self.sink.ask(coming) if coming else self.sink.settled(pull)
+        self._orders += self.sink.ask(coming) if coming else self.sink.settled(pull, now)
 
     def _read_failed(self, now: float, pull: int) -> None:
         coming, orders = self.sink.failed(pull, now)
         self._orders += orders
-        if coming is not None and coming.final:
+        if coming is not None:
+            self._broken(now, coming)
+
+    def _settled(self, now: float, pull: int) -> None:
+        self._read_failed(now, pull)  # if it settles without a word before
+        self._orders += self.sink.settled(pull, now)
+
+    def _broken(self, now: float, coming: Incoming) -> None:
+        """It cannot be read: no memory for it until it is all known, then it is computed here."""
+        self._unclaim(coming)
+        if coming.final:
             self._recompute(now, coming, drop=True)
 
     def _answered(self, now: float, event: Answer) -> None:
@@ -345,9 +391,11 @@ class Worker:
             return
         if event.ok:
             self._accept(now, coming)
-        else:
+        elif coming.final:
             self._orders += self.sink.give_up(coming, now)
             self._recompute(now, coming, drop=False)
+        else:
+            self._end(now, coming.seq, Reason.PEER_LOST)  # the source does not know it: its process is a new one
 
     def _accept(self, now: float, coming: Incoming) -> None:
         seq = self.sink.accept(coming.seq.rid, now)
@@ -359,8 +407,7 @@ class Worker:
     def _recompute(self, now: float, coming: Incoming, drop: bool) -> None:
         """Its KV could not be read: compute it here, from the tokens, which the driver has."""
         seq = coming.seq
-        if coming.claims:
-            self.claims.remove(seq)
+        self._unclaim(coming)
         self._orders += self.sink.forget(coming, now, drop)
         seq.arrived()
         seq.restart()
@@ -371,7 +418,8 @@ class Worker:
         self._early.pop(event.rid, None)
         coming = self.sink.get(event.rid)
         if coming is None:
-            self._orders.append(Drop(event.peer, event.rid))
+            if not self.sink.settling(event.rid):
+                self._orders.append(Drop(event.peer, event.rid))
         else:
             self._end(now, coming.seq, Reason.CANCELLED)
 
@@ -383,6 +431,13 @@ class Worker:
         if seq is not None:
             self._end(now, seq, Reason.HANDED_OVER)
 
+    def _beaten(self, now: float, event: Beat) -> None:
+        """A peer waits for these; of what is not here (any more) it hears so, and need not wait for ever."""
+        for rid in event.rids:
+            self.source.beat(rid, now)
+            if rid not in self.source and rid not in self.seqs:
+                self._orders.append(Answer(event.peer, rid, False))
+
     def _dropped(self, now: float, rid: int) -> None:
         seq = self.source.drop(rid)
         if seq is not None:
@@ -391,7 +446,7 @@ class Worker:
     def _unfence(self, now: float, seq: Sequence, reason: Reason) -> None:
         """Nobody reads its blocks any more."""
         if seq.rid in self.seqs:
-            self._end(now, seq, seq.ended or reason)
+            self._end(now, seq, reason)
         else:
             self.pool.release(reversed(seq.blocks))
 
@@ -416,7 +471,10 @@ class Worker:
             self._unfence(now, seq, Reason.EXPIRED)
         self._orders += self.sink.beat(now)
         while self._early_until and self._early_until[0][0] <= now:
-            self._early.pop(self._early_until.pop(0)[1], None)
+            rid = self._early_until.pop(0)[1]
+            unclaimed = self._early.pop(rid, [])
+            if unclaimed:
+                self._orders.append(Drop(unclaimed[0].peer, rid))
 
     def _cancel(self, now: float, rid: int) -> None:
         self._early.pop(rid, None)
@@ -425,16 +483,25 @@ class Worker:
             self._end(now, seq, Reason.CANCELLED)
 
     def _end(self, now: float, seq: Sequence, reason: Reason) -> None:
-        """It goes no further here. While a step in flight carries it, it only stops being planned."""
-        seq.ended = reason
-        if seq.inflight:
-            return
+        """It goes no further here, and says so at once, with its last token: nobody must write on after a stop token.
+
+        While a step in flight carries it, it keeps its blocks; the end of that step ends it again.
+        """
+        if seq.ended is None:
+            seq.ended = reason
+            seq.life.climb(_LAST.get(reason, Rung.FAILED), now)
+            self._orders.append(Finish(seq.rid, self.spec.name, reason, seq.life.durations()))
+        if seq.inflight == 0:
+            self._let_go(now, seq)
+
+    def _let_go(self, now: float, seq: Sequence) -> None:
+        """Give back what an ended sequence holds, but for what a peer may still read."""
         for queue in (self.running, self.claims):
             if seq in queue:
                 queue.remove(seq)
         coming = self.sink.get(seq.rid)
         if coming is not None:
-            self._orders += self.sink.forget(coming, now, drop=reason != Reason.PEER_LOST)
+            self._orders += self.sink.forget(coming, now, drop=seq.ended != Reason.PEER_LOST)
         elif seq.rid in self.source:
             revoke = self.source.revoke(seq, now)
             if revoke is not None:
@@ -443,9 +510,7 @@ class Worker:
                 self.pool.release(reversed(seq.blocks))
         else:
             self.pool.release(reversed(seq.blocks))
-        seq.life.climb(_LAST.get(reason, Rung.FAILED), now)
         del self.seqs[seq.rid]
-        self._orders.append(Finish(seq.rid, self.spec.name, reason, seq.life.durations()))
 
 
 _LAST = {

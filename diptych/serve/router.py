@@ -5,7 +5,7 @@ worker is lost goes on elsewhere where it stopped. The same class runs in the ro
 in one process (`local.py`). Not responsible for any decision, for HTTP or for sockets.
 """
 
-import math
+import logging
 from array import array
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -31,7 +31,10 @@ from diptych.policy.messages import (
     request_of,
 )
 from diptych.policy.router import Router
+from diptych.policy.sequencer import Sequencer
 from diptych.serve.wire import Deliver, Ticket, pack
+
+log = logging.getLogger(__name__)
 
 _GAVE_UP = (Reason.PEER_LOST, Reason.REFUSED, Reason.WORKER_LOST)
 
@@ -57,7 +60,7 @@ class Open:
     root: bytes
     rid: int = -1
     began: bool = False  # the present attempt has written a token
-    ahead: list[tuple[str, Emit | Finish, bytes]] = field(default_factory=list)  # came before an earlier token
+    sequencer: Sequencer[tuple[str, bytes]] = field(default_factory=lambda: Sequencer(0))
 
     @property
     def num_written(self) -> int:
@@ -117,40 +120,35 @@ class RouterDriver:
         if open_ is None or open_.rid != message.rid:
             # Cancelled here already, or an old attempt; policy keeps its own books of Finish.
             return
-        if _waits(message, open_):
-            # The decode side's tokens can overtake the first one, which the prefill side sends on its own connection.
-            open_.ahead.append((worker, message, bytes(ids)))
-            open_.ahead.sort(key=_position)
-        else:
-            self._take(worker, request, open_, message, ids)
-            self._catch_up(request, open_)
-
-    def _catch_up(self, request: int, open_: Open) -> None:
-        """Take what waited, as far as it is its turn now."""
-        while open_.ahead and self._open.get(request) is open_:
-            worker, message, ids = open_.ahead[0]
-            if _position(open_.ahead[0]) > open_.num_written and isinstance(message, Emit):
+        try:
+            ready = open_.sequencer.take(message, (worker, bytes(ids)))
+        except ValueError as error:
+            log.error("worker %s, attempt %d: %s", worker, message.rid, error)
+            self._break(worker, open_, message.rid)
+            return
+        for said, (speaker, tokens) in ready:
+            if self._open.get(request) is not open_ or open_.rid != said.rid:
                 return
-            del open_.ahead[0]
-            self._take(worker, request, open_, message, ids)
+            if isinstance(said, Emit):
+                self._emitted(speaker, request, open_, said, tokens)
+            else:
+                self._finished(speaker, request, open_, said)
 
-    def _take(self, worker: str, request: int, open_: Open, message: Emit | Finish, ids: bytes | memoryview) -> None:
-        if isinstance(message, Emit):
-            self._emitted(worker, request, open_, message, ids)
-        else:
-            self._finished(worker, request, open_, message)
-
-    def _emitted(self, worker: str, request: int, open_: Open, message: Emit, ids: bytes | memoryview) -> None:
-        if message.first != open_.num_written or len(ids) != 4 * message.count:
-            self.num_broken += 1
-            self._decide(Failed(message.rid, worker, open_.num_written, Reason.REFUSED))
+    def _emitted(self, worker: str, request: int, open_: Open, message: Emit, ids: bytes) -> None:
+        if len(ids) != 4 * message.count:
+            self._break(worker, open_, message.rid)
             return
         self.last_token = self._clock()
-        open_.tokens.frombytes(bytes(ids))
-        self._ports.deliver(open_.client, Deliver(request), bytes(ids))
+        open_.tokens.frombytes(ids)
+        self._ports.deliver(open_.client, Deliver(request), ids)
         if not open_.began:
             open_.began = True
             self._decide(Progress(message.rid))
+
+    def _break(self, worker: str, open_: Open, rid: int) -> None:
+        """A worker said something that cannot be: the attempt is given up."""
+        self.num_broken += 1
+        self._decide(Failed(rid, worker, open_.num_written, Reason.REFUSED))
 
     def _finished(self, worker: str, request: int, open_: Open, message: Finish) -> None:
         if message.reason in _GAVE_UP:
@@ -174,7 +172,7 @@ class RouterDriver:
         match order:
             case Place():
                 open_ = self._open[request_of(order.rid)]
-                open_.rid, open_.began, open_.ahead = order.rid, False, []
+                open_.rid, open_.began, open_.sequencer = order.rid, False, Sequencer(open_.num_written)
                 ticket = Ticket(open_.tokens.tobytes(), open_.num_prompt, open_.sampling, open_.root)
                 self._ports.send(order.worker, order, pack(ticket))
             case Cancel():
@@ -183,14 +181,3 @@ class RouterDriver:
                 open_ = self._open.pop(request)
                 self._ports.deliver(open_.client, Deliver(request, "", status, why), b"")
 
-
-def _waits(message: Emit | Finish, open_: Open) -> bool:
-    """It must not be taken before an earlier token is here."""
-    if isinstance(message, Emit):
-        return message.first > open_.num_written
-    return bool(open_.ahead) and message.reason in (Reason.STOP, Reason.LENGTH)
-
-
-def _position(waiting: tuple[str, Emit | Finish, bytes]) -> float:
-    """Where in the answer a message belongs; a Finish comes after every token."""
-    return waiting[1].first if isinstance(waiting[1], Emit) else math.inf

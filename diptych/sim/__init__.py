@@ -1,0 +1,1 @@
+"""Pretends: the virtual-time driver of `policy/`, with costs instead of hardware."""

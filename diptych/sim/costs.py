@@ -22,7 +22,7 @@ class CostModel(Protocol):
         ...
 
     def growth(self, num_decodes: int) -> int | None:
-        """How much longer each repetition of a step of that many decodes is than the one before; None if not constant."""
+        """How much longer each repetition of such a step of decodes is than the one before; None if not constant."""
         ...
 
 

@@ -12,29 +12,22 @@ from dataclasses import dataclass, replace
 
 from diptych.policy.batching import WorkerSpec
 from diptych.policy.messages import (
-    MAX_ATTEMPTS,
     Answer,
     Beat,
-    Cancel,
     Cancelled,
     CancelPull,
     Done,
     Drop,
     Emit,
-    Failed,
     Finish,
     Message,
     Offer,
     PeerLost,
     Place,
-    Progress,
     Publish,
     Pull,
-    Reason,
-    Reject,
     Revoke,
     RouterEvent,
-    RouterOrder,
     Run,
     Submitted,
     Tick,
@@ -50,11 +43,10 @@ from diptych.sim.conditions import Calm, ClientGone, Conditions, Happening
 from diptych.sim.costs import Costs, Link
 from diptych.sim.machine import Execution, Machine
 from diptych.sim.reads import Reads
-from diptych.sim.streams import Stream
+from diptych.sim.router import ROUTER as ROUTER
+from diptych.sim.router import Report, RouterSide
+from diptych.sim.streams import Stream, Stretch
 from diptych.sim.workload import Arrival
-
-ROUTER = "router"
-GIVEN_UP = (Reason.PEER_LOST, Reason.REFUSED, Reason.WORKER_LOST)
 
 PeerMessage = Offer | Publish | Done | Answer | Revoke | Drop | Beat
 Observer = Callable[[float, str, Message, Sequence[Message]], None]
@@ -113,18 +105,15 @@ class Simulation:
             raise ValueError("workers of one cluster share a block size: KV travels between them, and so do hashes")
         arrivals = list(arrivals)
         self.agenda = Agenda()
-        self.router = Router(router)
         self.machines = {s.name: Machine(i, s, costs.of(s.name), arrivals) for i, s in enumerate(cluster)}
-        self.streams = [Stream(i, arrival) for i, arrival in enumerate(arrivals)]
+        self.front = RouterSide(self, router, arrivals)
         self._conditions = conditions or Calm(costs.message_s, costs.settle_s)
         self.reads = Reads(self, link, self._conditions, costs.kv_bytes_per_token)
         self._observer = observer
         self._bulk = bulk
         self._num_events = num_events
         self._last: dict[tuple[str, str], int] = {}  # when the latest message of a pair arrives
-        self._known: dict[str, int] = {}  # the incarnation of each worker the router is connected to
-        self._spoken: set[int] = set()  # attempts of which the client has a token
-        self._executed: Execution | None = None  # whose StepDone is being told
+        self._ran: Stretch | None = None  # the steps of which a worker is being told
         self._happenings = happenings
 
     @property
@@ -132,13 +121,18 @@ class Simulation:
         """Of everything that is neither the end of a step (below) nor a tick (above)."""
         return len(self.machines)
 
+    @property
+    def router(self) -> Router:
+        """The router's policy."""
+        return self.front.policy
+
     def run(self) -> SimResult:
         """Let everything happen."""
         self._begin()
         agenda = self.agenda
         while agenda.step():
             if self._num_events is not None and agenda.num_happened > self._num_events:
-                raise Stuck(f"{agenda.num_happened} events, at {seconds(agenda.now)} s; {self.router.num}")
+                raise Stuck(f"{agenda.num_happened} events, at {seconds(agenda.now)} s; {self.front.policy.num}")
         return self._result()
 
     # --- beginning and end ---------------------------------------------------------------------------------------
@@ -149,26 +143,26 @@ class Simulation:
         for happening in self._happenings:
             when = instant(happening.time_s)
             if isinstance(happening, ClientGone):
-                self.agenda.at(when, self.rank, self._tell_router, Cancelled(happening.request))
+                self.agenda.at(when, self.rank, self.front.tell, Cancelled(happening.request))
             else:
                 self.agenda.at(when, self.rank, self._die, self.machines[happening.worker], happening.back_after_s)
         self._await_arrival(0)
 
     def _await_arrival(self, index: int) -> None:
-        if index < len(self.streams):
-            when = instant(self.streams[index].arrival.time_s)
+        if index < len(self.front.streams):
+            when = instant(self.front.streams[index].arrival.time_s)
             self.agenda.at(when, self.rank, self._arrive, index)
 
     def _arrive(self, index: int) -> None:
-        wanted = self.streams[index].arrival
-        self._tell_router(Submitted(index, wanted.num_prompt, wanted.max_new, wanted.hashes, wanted.priority))
+        wanted = self.front.streams[index].arrival
+        self.front.tell(Submitted(index, wanted.num_prompt, wanted.max_new, wanted.hashes, wanted.priority))
         self._await_arrival(index + 1)
 
     def _introduce(self, machine: Machine) -> None:
         spec = machine.spec
         up = WorkerUp(spec.name, machine.incarnation, spec.role, spec.num_blocks, spec.block_size)
         if self.agenda.num_happened == 0:
-            self._tell_router(up)  # the cluster stands before the first request
+            self.front.tell(up)  # the cluster stands before the first request
         else:
             self._report(machine, up)
 
@@ -183,82 +177,33 @@ class Simulation:
             )
             for m in self.machines.values()
         )
-        ended = max((stream.ended for stream in self.streams), default=0)
+        ended = max((stream.ended for stream in self.front.streams), default=0)
         return SimResult(
-            tuple(self.streams), machines, dict(self.router.num), seconds(ended), self.agenda.num_happened,
+            tuple(self.front.streams), machines, dict(self.front.policy.num), seconds(ended), self.agenda.num_happened,
             self.reads.num_bytes,
         )  # fmt: skip
 
-    # --- the router ----------------------------------------------------------------------------------------------
+    # --- messages ------------------------------------------------------------------------------------------------
+
+    def observe(self, now: float, name: str, event: Message, orders: Sequence[Message]) -> None:
+        """Whoever watches hears of it."""
+        if self._observer is not None:
+            self._observer(now, name, event, orders)
+
+    def post(self, sender: str, receiver: str, incarnation: int, event: WorkerEvent) -> None:
+        """Send a worker something, as long as the process it is meant for lives."""
+        when = self._delivery(sender, receiver, self.agenda.now)
+        self.agenda.at(when, self.rank, self._deliver, self.machines[receiver], incarnation, event)
+
+    def catch_up(self) -> None:
+        """All that is computed by now was told."""
+        for machine in self.machines.values():
+            self._catch_up(machine)
 
     def _report(self, machine: Machine, event: RouterEvent) -> None:
-        """A worker, or whoever watches over it, says something to the router."""
-        when = self._delivery(machine.spec.name, ROUTER)
-        self.agenda.at(when, self.rank, self._tell_router, event)
-
-    def _tell_router(self, event: RouterEvent) -> None:
-        if isinstance(event, Cancelled | WorkerLost) or isinstance(event, Finish) and event.reason in GIVEN_UP:
-            for machine in self.machines.values():  # how many tokens the client has matters now
-                self._catch_up(machine)
-        match event:
-            case Finish() if event.reason in GIVEN_UP:
-                have = self.streams[request_of(event.rid)].num_tokens
-                event = Failed(event.rid, event.worker, have, event.reason)
-            case Finish():
-                self._note_finish(event)
-            case WorkerLost(worker=worker):
-                event = WorkerLost(worker, self._emitted(worker))
-            case WorkerUp():
-                self._known[event.worker] = event.incarnation
-            case Cancelled(request=request) if request in self.router.requests:
-                self._close(request, "cancelled", "")
-        now = seconds(self.agenda.now)
-        orders = self.router.on(now, event)
-        if self._observer is not None:
-            self._observer(now, ROUTER, event, orders)
-        for order in orders:
-            self._carry_out_router(order)
-
-    def _carry_out_router(self, order: RouterOrder) -> None:
-        match order:
-            case Place() | Cancel():
-                if isinstance(order, Place):
-                    stream = self.streams[request_of(order.rid)]
-                    stream.paired = order.peer != ""
-                    stream.num_attempts = order.rid % MAX_ATTEMPTS + 1
-                machine = self.machines[order.worker]
-                when = self._delivery(ROUTER, order.worker)
-                self.agenda.at(when, self.rank, self._deliver, machine, self._known[order.worker], order)
-            case Reject():
-                began = self.streams[order.request].num_attempts > 0
-                self._close(order.request, "failed" if began else "rejected", order.why)
-
-    def _note_finish(self, event: Finish) -> None:
-        """Keep how long each rung took; the stream ends here if this is how its request ends."""
-        if not self._is_present(event.rid):
-            return
-        stream = self.streams[request_of(event.rid)]
-        for rung, spent in event.rungs:
-            stream.rungs[rung] = stream.rungs.get(rung, 0.0) + spent
-        if event.reason in (Reason.STOP, Reason.LENGTH):
-            self._close(stream.request, "finished", event.reason)
-
-    def _emitted(self, worker: str) -> tuple[tuple[int, int], ...]:
-        """What the clients of a lost worker's requests have."""
-        return tuple(
-            (view.rid, self.streams[number].num_tokens)
-            for number, view in self.router.requests.items()
-            if worker in (view.prefill, view.decode)
-        )
-
-    def _is_present(self, rid: int) -> bool:
-        """What an earlier attempt still says is dropped."""
-        view = self.router.requests.get(request_of(rid))
-        return view is not None and view.rid == rid
-
-    def _close(self, request: int, status: str, why: str) -> None:
-        stream = self.streams[request]
-        stream.status, stream.why, stream.ended = status, why, self.agenda.now
+        """Whoever watches over a worker says something to the router."""
+        when = self._delivery(machine.spec.name, ROUTER, self.agenda.now)
+        self.agenda.at(when, self.rank, self.front.tell, event)
 
     # --- workers -------------------------------------------------------------------------------------------------
 
@@ -279,21 +224,21 @@ class Simulation:
         if isinstance(event, Tick):
             now = max(now, machine.worker.next_deadline() or now)
         orders = machine.worker.on(now, event)
-        if self._observer is not None:
-            self._observer(now, machine.spec.name, event, orders)
+        self.observe(now, machine.spec.name, event, orders)
+        reports: list[Emit | Finish] = []
         for order in orders:
-            self._carry_out(machine, when, order)
+            self._carry_out(machine, when, order, reports)
+        if reports:
+            self._send_report(machine, when, reports)
         self._plan_end(machine)
         self._plan_tick(machine)
 
-    def _carry_out(self, machine: Machine, when: int, order: WorkerOrder) -> None:
+    def _carry_out(self, machine: Machine, when: int, order: WorkerOrder, reports: list[Emit | Finish]) -> None:
         match order:
             case Run():
                 machine.submit(order, when)
-            case Emit():
-                self._emit(machine, order)
-            case Finish():
-                self._report(machine, order)
+            case Emit() | Finish():
+                reports.append(order)
             case Pull():
                 self.reads.start(machine, order)
             case CancelPull(pull=pull):
@@ -301,30 +246,32 @@ class Simulation:
             case _:
                 self._send(machine, order)
 
-    def _emit(self, machine: Machine, order: Emit) -> None:
-        if not self._is_present(order.rid):
+    def _send_report(self, machine: Machine, when: int, orders: list[Emit | Finish]) -> None:
+        """One message. Of a bulk of steps each token arrives when it would have, had they been told one by one."""
+        name, now, ran = machine.spec.name, self.agenda.now, self._ran
+        delay = self._delivery(name, ROUTER, when) - when
+        if ran is None:
+            self.agenda.at(when + delay, self.rank, self.front.hear, name, Report(orders, None))
             return
-        execution = self._executed
-        assert execution is not None, "tokens come from steps"
-        stream = self.streams[request_of(order.rid)]
-        stream.append(order.first, execution.stretch(order.count))
-        if order.rid not in self._spoken:
-            self._spoken.add(order.rid)
-            self._report(machine, Progress(order.rid))
+        stretch = ran.later(delay)
+        report = Report(orders, stretch)
+        begin = stretch.num_before(now)
+        if begin:
+            self.front.hear(name, report.part(0, begin))
+        for i in range(begin, stretch.num):
+            self.agenda.at(stretch.token(i), self.rank, self.front.hear, name, report.part(i, i + 1))
 
     def _send(self, machine: Machine, order: PeerMessage) -> None:
         """To a peer; one that is gone is reported as lost, again if need be."""
         sender, peer = machine.spec.name, self.machines[order.peer]
         if peer.alive:
-            when = self._delivery(sender, order.peer)
-            self.agenda.at(when, self.rank, self._deliver, peer, peer.incarnation, replace(order, peer=sender))
+            self.post(sender, order.peer, peer.incarnation, replace(order, peer=sender))
         else:
-            when = self._delivery(order.peer, sender)
-            self.agenda.at(when, self.rank, self._deliver, machine, machine.incarnation, PeerLost(order.peer))
+            self.post(order.peer, sender, machine.incarnation, PeerLost(order.peer))
 
-    def _delivery(self, sender: str, receiver: str) -> int:
-        """When a message sent now arrives: never before an earlier one."""
-        when = self.agenda.now + instant(self._conditions.message_s(sender, receiver))
+    def _delivery(self, sender: str, receiver: str, sent: int) -> int:
+        """When a message arrives: never before an earlier one."""
+        when = sent + instant(self._conditions.message_s(sender, receiver))
         when = self._last[sender, receiver] = max(when, self._last.get((sender, receiver), 0))
         return when
 
@@ -335,10 +282,18 @@ class Simulation:
         execution = machine.execution
         if execution is None:
             return
+        if not execution.planned:
+            self._note_starts(execution)
         count = machine.repeats() if self._bulk else 1
         if count != execution.count or not execution.planned:
             execution.count, execution.planned = count, True
             self.agenda.at(execution.end(count), machine.index, self._step_end, machine, execution, count)
+
+    def _note_starts(self, execution: Execution) -> None:
+        """A request waits no more once a step first computes it."""
+        for piece in execution.run.slices:
+            if piece.admit:
+                self.front.streams[request_of(piece.rid)].started(execution.started)
 
     def _step_end(self, machine: Machine, execution: Execution, count: int) -> None:
         if machine.execution is execution and execution.count == count:
@@ -353,10 +308,10 @@ class Simulation:
                 self._complete(machine, execution.end(count), count)
 
     def _complete(self, machine: Machine, when: int, count: int) -> None:
-        self._executed, event = machine.finish(count)
+        self._ran, event = machine.finish(count)
         machine.start(when)
         self._tell(machine, when, event)
-        self._executed = None
+        self._ran = None
 
     def _plan_tick(self, machine: Machine) -> None:
         deadline = machine.worker.next_deadline()
@@ -388,7 +343,7 @@ class Simulation:
         heard = self.agenda.now
         for other in self.machines.values():
             if other.alive:
-                when = self._delivery(name, other.spec.name)
+                when = self._delivery(name, other.spec.name, self.agenda.now)
                 self.agenda.at(when, self.rank, self._deliver, other, other.incarnation, PeerLost(name))
                 heard = max(heard, when)
         self._report(machine, WorkerLost(name))

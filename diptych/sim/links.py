@@ -1,8 +1,8 @@
 """Links on which concurrent transfers share the bandwidth fairly: exact processor sharing, event by event.
 
-While n transfers are under way each gets 1/n of the link. `served` is what one transfer that had always been there would
-have got; a transfer of `num_bytes` that joins at `served` is over when `served` has grown by as much. So the order
-in which transfers end never changes while they run, and a heap is all it takes (Parekh and Gallager's virtual time).
+While n transfers are under way each gets 1/n of the link. `served` is what a transfer that had always been there would
+have got; one of `num_bytes` that joins at `served` is over when `served` has grown by as much. So the order in which
+transfers end never changes while they run, and a heap is all it takes (Parekh and Gallager's virtual time).
 
 Not responsible for which transfers exist (`driver.py`).
 """

@@ -88,8 +88,8 @@ class Machine:
         execution = self.execution
         return 0 if execution is None else done_by(execution.first, execution.growth, when - execution.started)
 
-    def finish(self, count: int) -> tuple[Execution, StepDone]:
-        """End the execution after `count` repetitions; what it was, and what to tell the policy."""
+    def finish(self, count: int) -> tuple[Stretch, StepDone]:
+        """End the execution after `count` repetitions; when each token came, and what to tell the policy."""
         execution = self.execution
         assert execution is not None
         self.execution = None
@@ -99,7 +99,7 @@ class Machine:
         slices = execution.run.slices
         stopped = tuple(piece.rid for piece in slices if piece.sample and self._stops(piece, count))
         filled = tuple((piece.rid, digest) for piece in slices for digest in self._filled(piece, count))
-        return execution, StepDone(execution.run.step, seconds(span), count, stopped, filled)
+        return execution.stretch(count), StepDone(execution.run.step, seconds(span), count, stopped, filled)
 
     def die(self) -> None:
         """Its process is gone, and whatever it was computing."""

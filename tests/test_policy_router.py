@@ -1,0 +1,270 @@
+"""The router's decisions: whom it picks, whom it turns away, and how a request survives a lost worker."""
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from diptych.policy.messages import (
+    MAX_ATTEMPTS,
+    Cancel,
+    Cancelled,
+    Failed,
+    Finish,
+    LinkMeasured,
+    Place,
+    Progress,
+    Reason,
+    Reject,
+    Role,
+    RouterOrder,
+    Submitted,
+    WorkerLost,
+    WorkerUp,
+    attempt_id,
+    request_of,
+)
+from diptych.policy.router import PolicyName, Router, RouterSpec
+
+HASHES = tuple(bytes([i]) for i in range(8))
+
+
+def router(workers: str = "mm", num_blocks: int = 100, **spec: object) -> Router:
+    """A router with workers `m0`, `p1`, ... of 16-token blocks."""
+    made = Router(replace(RouterSpec(), **spec))  # type: ignore[arg-type]
+    for i, kind in enumerate(workers):
+        role = {"m": Role.MIXED, "p": Role.PREFILL, "d": Role.DECODE}[kind]
+        made.on(0.0, WorkerUp(f"{kind}{i}", 0, role, num_blocks, 16))
+    return made
+
+
+def submit(
+    made: Router, request: int, num_prompt: int = 128, max_new: int = 16, **details: object
+) -> list[RouterOrder]:
+    event = Submitted(request, num_prompt, max_new, HASHES[: num_prompt // 16])
+    return made.on(0.0, replace(event, **details))  # type: ignore[arg-type]
+
+
+def places(orders: list[RouterOrder]) -> list[tuple[str, int, Role, str]]:
+    return [(o.worker, o.rid, o.part, o.peer) for o in orders if isinstance(o, Place)]
+
+
+def test_attempts_have_ids_of_their_own() -> None:
+    assert request_of(attempt_id(7, 3)) == 7 and attempt_id(7, 3) != attempt_id(7, 4) != attempt_id(8, 0)
+
+
+# --- whom it picks ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("policy", ["round-robin", "least-loaded", "prefix-aware"])
+def test_equal_requests_are_spread_evenly(policy: PolicyName) -> None:
+    made = router("mmm", policy=policy)
+    names = [places(submit(made, i, hashes=()))[0][0] for i in range(9)]
+    assert sorted(names) == ["m0"] * 3 + ["m1"] * 3 + ["m2"] * 3
+
+
+def test_least_loaded_avoids_the_long_prompt() -> None:
+    made = router("mm", policy="least-loaded")
+    assert places(submit(made, 1, 1000))[0][0] == "m0"
+    assert [places(submit(made, i, 100))[0][0] for i in (2, 3, 4)] == ["m1"] * 3
+
+
+def test_prefix_aware_goes_where_the_prefix_is_unless_that_worker_is_busy() -> None:
+    made = router("mm")
+    submit(made, 1)
+    made.on(0.0, Finish(attempt_id(1, 0), "m0", Reason.STOP))
+    submit(made, 2, hashes=(b"x",) * 8)
+    made.on(0.0, Finish(attempt_id(2, 0), "m1", Reason.STOP))
+    assert places(submit(made, 3))[0][0] == "m0", "it holds all of the prompt"
+    submit(made, 4, 1000, hashes=HASHES)
+    assert places(submit(made, 5))[0][0] == "m1", "but now it has a thousand tokens to compute first"
+
+
+def test_a_pair_hears_of_the_decode_side_first() -> None:
+    made = router("pd")
+    rid = attempt_id(1, 0)
+    assert places(submit(made, 1)) == [("d1", rid, Role.DECODE, "p0"), ("p0", rid, Role.PREFILL, "d1")]
+
+
+def test_in_a_mixture_only_long_prompts_are_disaggregated() -> None:
+    made = router("pdm", disaggregate_above=100)
+    assert [part for _, _, part, _ in places(submit(made, 1, 90))] == [Role.MIXED]
+    assert [part for _, _, part, _ in places(submit(made, 2, 101, hashes=()))] == [Role.DECODE, Role.PREFILL]
+    cached = submit(made, 3, 90 + 64, hashes=HASHES)
+    assert [part for _, _, part, _ in places(cached)] == [Role.MIXED], "what is cached there counts for nothing"
+
+
+# --- whom it turns away ----------------------------------------------------------------------------------------------
+
+
+def test_too_many_requests_get_429() -> None:
+    made = router(max_requests=2)
+    submit(made, 1)
+    submit(made, 2)
+    (reject,) = submit(made, 3)
+    assert isinstance(reject, Reject) and (reject.request, reject.status) == (3, 429)
+    made.on(0.0, Cancelled(1))
+    assert places(submit(made, 4))
+
+
+def test_what_fits_nowhere_gets_400_and_says_why() -> None:
+    for workers in ("mm", "pd"):
+        (reject,) = submit(router(workers), 1, 1600, 1)
+        assert isinstance(reject, Reject) and reject.status == 400 and "1601 tokens" in reject.why
+
+
+@pytest.mark.parametrize("workers", ["", "p", "d", "pp"])
+def test_without_a_worker_or_a_pair_503(workers: str) -> None:
+    (reject,) = submit(router(workers), 1)
+    assert isinstance(reject, Reject) and reject.status == 503
+
+
+# --- going on --------------------------------------------------------------------------------------------------------
+
+
+def test_a_lost_worker_means_a_new_attempt_with_the_tokens_the_client_has() -> None:
+    made = router("mm")
+    submit(made, 1)
+    made.on(0.0, Progress(attempt_id(1, 0)))
+    (place,) = made.on(1.0, WorkerLost("m0", ((attempt_id(1, 0), 5),)))
+    assert isinstance(place, Place)
+    assert (place.worker, place.rid, place.num_tokens, place.num_prompt) == ("m1", attempt_id(1, 1), 133, 128)
+
+
+def test_what_an_old_attempt_still_says_is_not_heard() -> None:
+    made = router("mm")
+    submit(made, 1)
+    made.on(0.0, WorkerLost("m0", ()))
+    old = attempt_id(1, 0)
+    for event in (Progress(old), Finish(old, "m0", Reason.STOP), Failed(old, "m0", 9, Reason.REFUSED)):
+        assert made.on(0.0, event) == []
+    assert made.num["finished"] == 0 and 1 in made.requests
+
+
+def test_a_broken_pair_is_taken_back_from_both_and_placed_anew() -> None:
+    made = router("pd")
+    submit(made, 1)
+    rid = attempt_id(1, 0)
+    orders = made.on(0.0, Failed(rid, "d1", 1, Reason.PEER_LOST))
+    assert orders[:2] == [Cancel("p0", rid), Cancel("d1", rid)]
+    assert [o.num_tokens for o in orders[2:] if isinstance(o, Place)] == [129, 129]
+
+
+def test_a_prefill_worker_lost_after_the_first_token_is_the_decode_sides_affair() -> None:
+    made = router("ppd")
+    submit(made, 1)
+    made.on(0.0, Progress(attempt_id(1, 0)))
+    assert made.on(0.0, WorkerLost("p0", ((attempt_id(1, 0), 1),))) == []
+    submit(made, 2)
+    assert places(made.on(0.0, WorkerLost("p1", ()))) == [], "no prefill worker is left"
+    assert made.num["failed"] == 1 and list(made.requests) == [1]
+
+
+def test_an_answer_that_ends_with_its_first_token_is_called_off_at_the_decode_side() -> None:
+    made = router("pd")
+    submit(made, 1)
+    rid = attempt_id(1, 0)
+    assert made.on(0.0, Finish(rid, "p0", Reason.STOP)) == [Cancel("d1", rid)]
+    assert made.num["finished"] == 1
+
+
+def test_a_handover_takes_the_request_off_the_prefill_worker() -> None:
+    made = router("pd")
+    submit(made, 1)
+    made.on(0.0, Progress(attempt_id(1, 0)))
+    made.on(0.0, Finish(attempt_id(1, 0), "p0", Reason.HANDED_OVER))
+    assert made.workers["p0"].num_requests == 0 and made.workers["d1"].num_requests == 1
+    assert made.on(0.0, Cancelled(1)) == [Cancel("d1", attempt_id(1, 0))]
+
+
+def test_attempts_are_not_endless() -> None:
+    made = router("m")
+    submit(made, 1)
+    orders: list[RouterOrder] = []
+    for attempt in range(MAX_ATTEMPTS):
+        orders = made.on(0.0, Failed(attempt_id(1, attempt), "m0", 0, Reason.REFUSED))
+    assert isinstance(orders[-1], Reject) and orders[-1].status == 503 and made.num["failed"] == 1
+
+
+def test_links_are_remembered() -> None:
+    made = router("pd")
+    made.on(0.0, LinkMeasured("p0", "d1", 1e9))
+    assert made.links == {("p0", "d1"): 1e9}
+
+
+# --- its books -------------------------------------------------------------------------------------------------------
+
+
+class Books(RuleBasedStateMachine):
+    """Whatever happens in whatever order, no request is lost and no load stays in the books of an idle cluster."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.router = router("mpd", num_blocks=20, disaggregate_above=64, max_requests=6)
+        self.next = 0
+        self.rejected: set[int] = set()
+
+    def on(self, event: object) -> None:
+        for order in self.router.on(0.0, event):  # type: ignore[arg-type]
+            if isinstance(order, Reject):
+                assert order.request not in self.rejected
+                self.rejected.add(order.request)
+
+    def some(self, which: int) -> int:
+        return list(self.router.requests)[which % len(self.router.requests)]
+
+    @rule(num_prompt=st.integers(1, 400), max_new=st.integers(1, 20))
+    def submit(self, num_prompt: int, max_new: int) -> None:
+        self.next += 1
+        self.on(Submitted(self.next, num_prompt, max_new, HASHES[: num_prompt // 16]))
+
+    @precondition(lambda self: self.router.requests)
+    @rule(which=st.integers(0, 99), what=st.sampled_from(["progress", "cancel", "stop", "hand over", "fail"]))
+    def proceed(self, which: int, what: str) -> None:
+        number = self.some(which)
+        view = self.router.requests[number]
+        last = view.decode
+        match what:
+            case "progress" if view.life.at not in ("handover", "decoding"):
+                self.on(Progress(view.rid))
+            case "cancel":
+                self.on(Cancelled(number))
+            case "stop":
+                self.on(Finish(view.rid, last, Reason.STOP))
+            case "hand over" if view.prefill and view.life.at == "handover":
+                self.on(Finish(view.rid, view.prefill, Reason.HANDED_OVER))
+            case "fail":
+                self.on(Failed(view.rid, last, 1, Reason.PEER_LOST))
+
+    @rule(name=st.sampled_from(["m0", "p1", "d2"]))
+    def lose(self, name: str) -> None:
+        if name in self.router.workers:
+            emitted = tuple((view.rid, 1) for view in self.router.requests.values())
+            self.on(WorkerLost(name, emitted))
+
+    @rule(name=st.sampled_from(["m0", "p1", "d2"]))
+    def come_back(self, name: str) -> None:
+        if name not in self.router.workers:
+            role = {"m": Role.MIXED, "p": Role.PREFILL, "d": Role.DECODE}[name[0]]
+            self.on(WorkerUp(name, 1, role, 20, 16))
+
+    @invariant()
+    def conserved(self) -> None:
+        num = self.router.num
+        ended = num["finished"] + num["rejected"] + num["cancelled"] + num["failed"]
+        assert num["submitted"] == ended + len(self.router.requests) == self.next
+        assert len(self.rejected) == num["rejected"] + num["failed"]
+        for view in self.router.workers.values():
+            mine = [r for r in self.router.requests.values() if view.name in (r.prefill, r.decode)]
+            assert view.num_requests == len(mine)
+            assert view.held_tokens == sum(
+                r.submitted.num_prompt + r.submitted.max_new for r in mine if r.decode == view.name
+            )
+            charged = [r for r in self.router.requests.values() if r.charged == view.name]
+            assert view.prompt_tokens == sum(r.uncached for r in charged)
+
+
+TestBooks = Books.TestCase
+TestBooks.settings = settings(max_examples=200, stateful_step_count=40, deadline=None)

@@ -1,0 +1,61 @@
+"""Arrivals: reproducible, in order, with the lengths and prefixes that were asked for."""
+
+from random import Random
+
+import pytest
+
+from diptych.sim.workload import Arrival, Lengths, Workload, first, merge, mixed_load, poisson
+
+
+def test_same_seed_same_arrivals() -> None:
+    workload = Workload(5.0, Lengths(100, "lognormal"), Lengths(20, "uniform"))
+    assert first(poisson(workload, 3), 50) == first(poisson(workload, 3), 50) != first(poisson(workload, 4), 50)
+
+
+def test_poisson_has_the_rate_and_is_in_order() -> None:
+    times = [arrival.time_s for arrival in first(poisson(Workload(10.0), 1), 5000)]
+    assert times == sorted(times) and times[-1] == pytest.approx(500, rel=0.1)
+
+
+@pytest.mark.parametrize("kind", ["fixed", "uniform", "lognormal"])
+def test_lengths_have_their_mean(kind: str) -> None:
+    lengths = Lengths(200, kind, 0.5)  # type: ignore[arg-type]
+    random = Random(1)
+    drawn = [lengths.draw(random) for _ in range(20_000)]
+    assert sum(drawn) / len(drawn) == pytest.approx(200, rel=0.05) and min(drawn) >= 1
+    assert max(Lengths(200, "lognormal", 2.0, limit=300).draw(random) for _ in range(100)) <= 300
+
+
+def test_a_group_shares_its_prompt_and_nothing_else() -> None:
+    workload = Workload(1.0, Lengths(64), Lengths(8), groups=2, shared_prompt=48)
+    arrivals = first(poisson(workload, 1), 20)
+    assert all(arrival.num_prompt == 112 and len(arrival.hashes) == 7 for arrival in arrivals)
+    assert len({arrival.hashes[:3] for arrival in arrivals}) == 2
+    assert len({digest for arrival in arrivals for digest in arrival.hashes[3:]}) == 4 * 20
+
+
+def test_a_further_turn_repeats_all_that_was_said() -> None:
+    workload = Workload(0.1, Lengths(40), Lengths(24), turns=3, think_s=1.0)
+    arrivals = first(poisson(workload, 1), 30)
+    assert [a.time_s for a in arrivals] == sorted(a.time_s for a in arrivals)
+    opening, then, *_ = [arrival for arrival in arrivals if arrival.stem == arrivals[0].stem]
+    assert then.num_prompt == 40 + 24 + 40
+    assert then.hashes[:4] == tuple(opening.text_hash(i) for i in range(4)), "its answer included"
+
+
+def test_mixed_load_is_chats_and_a_long_prompt_now_and_then() -> None:
+    arrivals = first(mixed_load(4.0, 1, long_prompt=8192, every_s=5.0), 200)
+    long = [arrival for arrival in arrivals if arrival.num_prompt == 8192]
+    assert [arrival.time_s for arrival in long] == [5.0 * (i + 1) for i in range(len(long))] and len(long) > 5
+
+
+def test_workloads_can_be_merged_and_traces_put_in() -> None:
+    trace = [Arrival(0.5, 10, 5, 5), Arrival(1.5, 10, 5, 5)]
+    merged = first(merge(trace, poisson(Workload(1.0), 1)), 10)
+    assert [a.time_s for a in merged] == sorted(a.time_s for a in merged) and set(trace) <= set(merged)
+
+
+def test_impossible_lengths_are_refused() -> None:
+    for lengths in ((0, 1, 1), (1, 1, 0), (1, 1, 2)):
+        with pytest.raises(ValueError, match="lengths"):
+            Arrival(0.0, *lengths)
