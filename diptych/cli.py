@@ -39,6 +39,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"diptych {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_serve(commands)
+    _add_simulate(commands)
     _add_replay(commands)
     return parser
 
@@ -50,12 +51,16 @@ def _add_topology(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--decode", type=int, metavar="N", help="decode workers")
     parser.add_argument("--mixed", type=int, metavar="N", help="workers that do both")
     parser.add_argument("--chunk", type=_chunk, metavar="N|off", help="most new tokens in a step (default 512)")
-    parser.add_argument("--kv-memory", metavar="SIZE", help="KV memory of each worker (default 128MiB)")
+    parser.add_argument("--kv-memory", metavar="SIZE", help="KV memory a worker (default 128MiB, simulated 40GiB)")
 
 
 def _topology(arguments: argparse.Namespace) -> dict[str, Any]:
     keys = ("prefill", "decode", "mixed", "chunk", "kv_memory")
     return {key: getattr(arguments, key) for key in keys}
+
+
+def _given(flags: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in flags.items() if value is not None}
 
 
 def _chunk(text: str) -> int | str:
@@ -125,6 +130,83 @@ def _banner(url: str, seconds: float) -> str:
          "messages": [{{"role": "user", "content": "Tell me a story about a fox."}}]}}'
 
 Ctrl-C stops it."""
+
+
+# --- simulate --------------------------------------------------------------------------------------------------
+
+
+def _add_simulate(commands: Any) -> None:
+    parser = commands.add_parser(
+        "simulate",
+        help="predict how a cluster serves a load",
+        description="Run the server's own router and workers in virtual time at given costs; show what clients see.",
+    )
+    _add_topology(parser)
+    parser.add_argument("--rate", type=float, default=1.0, metavar="R", help="requests per second, Poisson (1)")
+    parser.add_argument("--requests", type=int, default=1000, metavar="N", help="how many requests (1000)")
+    parser.add_argument("--prompt", type=_lengths, default="512", metavar="LENGTHS", help="512, 64-200 or ~512 (512)")
+    parser.add_argument("--output", type=_lengths, default="128", metavar="LENGTHS", help="the same, of answers (128)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="same seed, same run (0)")
+    parser.add_argument("--slo", metavar="LIMITS", help="what counts as good, like ttft=0.5,tpot=0.05 (seconds)")
+    parser.add_argument(
+        "--step-cost", type=_step_cost, default="8e-3,4e-5,4e-8", metavar="A,B,C",
+        help="a step takes A + B x new tokens + C x context tokens, seconds (8e-3,4e-5,4e-8)",
+    )  # fmt: skip
+    parser.add_argument("--link", type=float, default=25.0, metavar="GB/S", help="what KV travels over (25)")
+    parser.add_argument("--kv-bytes", type=int, default=131072, metavar="N", help="KV bytes of a token (131072)")
+    parser.set_defaults(command=_simulate)
+
+
+def _simulate(arguments: argparse.Namespace) -> int:
+    from diptych.bench.slo import parse_slo
+    from diptych.config import load_cluster
+    from diptych.sim.costs import Costs, Link
+    from diptych.sim.report import render, summarize
+    from diptych.sim.run import run_simulation
+
+    cluster = load_cluster(arguments.cluster, {"kv_memory": "40GiB", "engine": "paced"} | _given(_topology(arguments)))
+    specs = [
+        worker.spec(max(worker.kv_bytes // (worker.block_size * arguments.kv_bytes), 1)) for worker in cluster.workers
+    ]
+    result = run_simulation(
+        specs,
+        router=cluster.router,
+        costs=Costs(step=arguments.step_cost, kv_bytes_per_token=arguments.kv_bytes),
+        link=Link(bytes_per_s=arguments.link * 1e9),
+        rate=arguments.rate,
+        prompt=arguments.prompt,
+        output=arguments.output,
+        requests=arguments.requests,
+        seed=arguments.seed,
+    )
+    render(summarize(result, parse_slo(arguments.slo) if arguments.slo else None))
+    return 0
+
+
+def _lengths(text: str) -> Any:
+    """Lengths in tokens: 512 (all alike), 64-200 (uniform), ~512 (lognormal with that mean)."""
+    from diptych.sim.workload import Lengths
+
+    try:
+        if text.startswith("~"):
+            return Lengths(float(text[1:]), "lognormal")
+        low, _, high = text.partition("-")
+        if not high:
+            return Lengths(float(low))
+        mean = (float(low) + float(high)) / 2
+        return Lengths(mean, "uniform", (float(high) - mean) / mean)
+    except ValueError:
+        raise argparse.ArgumentTypeError("tokens, like 512, 64-200 or ~512") from None
+
+
+def _step_cost(text: str) -> Any:
+    from diptych.sim.costs import StepCost
+
+    try:
+        a, b, c = map(float, text.split(","))
+        return StepCost(a, b, c)
+    except ValueError:
+        raise argparse.ArgumentTypeError("three numbers of seconds, like 8e-3,4e-5,4e-8") from None
 
 
 # --- replay ----------------------------------------------------------------------------------------------------

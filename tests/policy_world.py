@@ -105,10 +105,11 @@ def draw_world(pick: Pick, quiet: bool = False) -> World:
 
 
 def _draw_worker(pick: Pick, name: str, role: Role, size: int) -> WorkerSpec:
+    num_blocks = pick(2, 14) if size > 2 else pick(8, 40)
     return WorkerSpec(
         name,
         role,
-        num_blocks=pick(2, 14) if size > 2 else pick(8, 40),
+        num_blocks=num_blocks * (3 if role == Role.PREFILL else 1),  # where memory is short is where answers grow
         block_size=size,
         chunk=(None, 1, 3, 8, 24)[pick(0, 4)],
         max_batch=(256, 1, 2, 3)[pick(0, 3)],
@@ -380,7 +381,7 @@ def check_empty(worker: Worker) -> None:
     assert counts["free"] + counts["cached"] == worker.pool.num_blocks, (worker.spec.name, counts)
     left = {
         "seqs": worker.seqs, "claims": worker.claims, "running": worker.running, "steps": worker._steps,
-        "early": worker._early, "incoming": worker.sink._incoming, "reads": worker.sink._reads,
+        "early": worker.sink._early, "incoming": worker.sink._incoming, "reads": worker.sink._reads,
         "unread": worker.sink._unread, "offers": worker.source._offers,
     }  # fmt: skip
     assert not any(left.values()), (worker.spec.name, {what: value for what, value in left.items() if value})

@@ -94,6 +94,16 @@ def repeats(slices: tuple[Slice, ...], seqs: dict[int, Sequence], running: list[
     return low
 
 
+def fast_forward(members: list[Sequence], count: int, pool: BlockPool) -> None:
+    """Plan what `count - 1` further single steps of these decodes would have planned, block for block."""
+    grown = sorted((k, i) for i, seq in enumerate(members) for k in crossings(seq, count, pool.block_size))
+    for _, i in grown:
+        members[i].blocks += pool.take(1)
+    for seq in members:
+        seq.num_computed += count - 1
+        seq.num_tokens += count - 1
+
+
 def crossings(seq: Sequence, count: int, block_size: int) -> range:
     """At which of `count` repetitions (the step as planned is number 0) a decode grows into a new block."""
     first = len(seq.blocks) * block_size - seq.num_computed + 1

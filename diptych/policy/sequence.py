@@ -83,3 +83,8 @@ class Sequence:
         self.shown = self.num_computed = self.computed = self.sealed = 0
         self.admit = True
         self.tight = -1
+
+
+def age(seq: Sequence) -> tuple[int, int]:
+    """What everyone is sorted by: lower goes first."""
+    return seq.key

@@ -8,6 +8,7 @@ does not travel.
 Not responsible for running a sequence once it is here (`worker.py`).
 """
 
+from collections import deque
 from dataclasses import dataclass
 
 from diptych.policy.blocks import BlockPool
@@ -65,6 +66,9 @@ class Sink:
         self._unread: dict[int, tuple[str, int]] = {}  # rid -> peer to send Drop to, reads left; when none is left
         self._next_pull = 0
         self._next_beat: float | None = None
+        self._lease_s = lease_s
+        self._early: dict[int, list[Publish]] = {}  # a peer spoke of it before our own Place came
+        self._early_until: deque[tuple[float, int]] = deque()
 
     def __contains__(self, rid: int) -> bool:
         return rid in self._incoming
@@ -82,13 +86,33 @@ class Sink:
 
     def next_deadline(self) -> float | None:
         """When the sources must hear from us."""
-        return self._next_beat
+        early = self._early_until[0][0] if self._early_until else None
+        return min((t for t in (self._next_beat, early) if t is not None), default=None)
 
-    def expect(self, seq: Sequence, now: float) -> None:
-        """A sequence was placed here; its KV will be offered by its peer."""
+    def expect(self, seq: Sequence, now: float) -> list[Publish]:
+        """A sequence was placed here; its KV will be offered by its peer. Returns what the peer said of it already."""
         self._incoming[seq.rid] = Incoming(seq, now)
         if self._next_beat is None:
             self._next_beat = now + self._beat_s
+        return self._early.pop(seq.rid, [])
+
+    def keep(self, event: Publish, now: float) -> None:
+        """A peer may speak of a request before our own Place arrives; what nobody claims is declined in time."""
+        self._early.setdefault(event.rid, []).append(event)
+        self._early_until.append((now + self._lease_s, event.rid))
+
+    def ignore(self, rid: int) -> None:
+        """What a peer said of it too early is of no interest any more."""
+        self._early.pop(rid, None)
+
+    def decline(self, now: float) -> list[WorkerOrder]:
+        """Tell the sources of what nobody claimed for a lease that nobody reads it."""
+        orders: list[WorkerOrder] = []
+        while self._early_until and self._early_until[0][0] <= now:
+            rid = self._early_until.popleft()[1]
+            unclaimed = self._early.pop(rid, [])
+            orders += [Drop(unclaimed[0].peer, rid)] if unclaimed else []
+        return orders
 
     def published(self, event: Publish) -> Incoming | None:
         """More of a sequence is ready."""

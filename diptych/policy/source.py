@@ -44,19 +44,19 @@ class Source:
         self._offers[seq.rid] = OpenOffer(seq)
         return Offer(seq.peer, seq.rid, seq.num_tokens)
 
-    def publish(self, seq: Sequence, now: float, final: bool) -> Publish | None:
+    def publish(self, seq: Sequence, now: float, final: bool) -> list[WorkerOrder]:
         """Let the peer read what became ready: full blocks, with `final` also the last one and the lease starts."""
         offer = self._offers[seq.rid]
         ready = self._pool.blocks_for(seq.computed) if final else seq.computed // self._pool.block_size
         fresh = seq.blocks[offer.published : ready]
         if not fresh and not final:
-            return None
+            return []
         self._pool.offer(fresh)
         offer.published = ready
         if final:
             self._start_lease(offer, now)
         num_tokens = seq.computed if final else ready * self._pool.block_size
-        return Publish(seq.peer, seq.rid, tuple(fresh), num_tokens, final)
+        return [Publish(seq.peer, seq.rid, tuple(fresh), num_tokens, final)]
 
     def revoke(self, seq: Sequence, now: float) -> Revoke | None:
         """Ask the peer to stop reading; the blocks stay offered until it says so or the lease ends."""
