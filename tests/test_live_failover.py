@@ -13,10 +13,12 @@ from clusters import answer_of, connected, live, settled
 
 from diptych.engine.executor import Sampling
 from diptych.engine.paced import oracle
+from diptych.journal import read_journals
 from diptych.serve.build import cluster_card
 from diptych.serve.frontend import Job
 from diptych.serve.supervisor import Supervisor
 from diptych.serve.text import prompt_hashes
+from diptych.sim.replay import replay
 
 TOPOLOGY = """
 engine = "paced"
@@ -63,8 +65,14 @@ def test_streams_survive_the_death_of_their_workers(tmp_path: Path) -> None:
             _, report = await frontend.health()
             assert report["broken_streams"] == 0 and report["totals"]["finished"] == len(jobs)
 
-    with live(topology) as supervisor:
+    journal = tmp_path / "journal"
+    with live(topology, journal=str(journal)) as supervisor:
         asyncio.run(run(supervisor))
+    recordings = read_journals(journal)
+    assert len(recordings) == 8  # the router, four workers, and a second incarnation of three
+    for recording in recordings:
+        outcome = replay(recording)
+        assert outcome.difference is None, outcome.difference
 
 
 async def back(supervisor: Supervisor, frontend, name: str) -> None:  # type: ignore[no-untyped-def]

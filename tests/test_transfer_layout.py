@@ -9,7 +9,14 @@ from diptych.transfer.layout import Group, Layout
 
 
 def make(**changes: object) -> Layout:
-    usual: dict[str, object] = dict(layers=3, kv_heads=4, head_dim=8, block_size=16, dtype="bfloat16", model="m")
+    usual: dict[str, object] = {
+        "layers": 3,
+        "kv_heads": 4,
+        "head_dim": 8,
+        "block_size": 16,
+        "dtype": "bfloat16",
+        "model": "m",
+    }
     return Layout.uniform(**(usual | changes))  # type: ignore[arg-type]
 
 

@@ -1,11 +1,12 @@
 """What goes into the next step: continuous batching with one rule, "catch up on your tokens".
 
-Decodes first (a running answer waits for nobody), then prompts, oldest first, cut to the worker's token budget: a
-`chunk` of tokens where it has one, whole prompts where it has not, and with an inter-token budget as many as the
-step-time model says will fit. A decode that needs a block when none is left takes it from the youngest sequence,
-which computes its KV again later (preemption by recompute).
+Decodes first (a running answer waits for nobody), then prompts, cut to the worker's token budget: a `chunk` of tokens
+where it has one, whole prompts where it has not, and with an inter-token budget as many as the step-time model says
+will fit. Chunks are shared: half for the oldest prompt, half for those with less left to read. A decode that needs a
+block when none is left takes it from the youngest sequence, which computes its KV again later (preemption by
+recompute).
 
-Not responsible for admission (`worker.py`): whoever is in `running` has memory for every token known so far.
+Not responsible for admission (`memory.py`): whoever is in `running` has memory for every token known so far.
 """
 
 from collections.abc import Callable
@@ -51,21 +52,9 @@ def compose(
     """The slices of the next step. `running` is sorted by age; `make_room(seq)` frees a block for it or says no."""
     slices, context = _decodes(running, pool, make_room)
     budget = _prompt_budget(spec, times, len(slices), context)
-    num_prompts = 0
-    for seq in running:
-        if budget <= 0:
-            break
-        if not seq.wants or seq.behind < 1 or seq.decodes:
-            continue
-        count = min(seq.behind, budget)
-        if spec.chunk is None and count < seq.behind:
-            if num_prompts:
-                break  # does not fit beside the prompts already in; on its own it goes whole
-            count = seq.behind
-        slices.append(seq.plan(count))
-        budget -= count
-        num_prompts += 1
-    return slices
+    prompts = [seq for seq in running if seq.wants and seq.behind > 0 and not seq.decodes]
+    shares = _whole(prompts, budget) if spec.chunk is None else _shared(prompts, budget)
+    return slices + [seq.plan(count) for seq, count in shares]
 
 
 def repeats(slices: tuple[Slice, ...], seqs: dict[int, Sequence], running: list[Sequence], pool: BlockPool) -> int:
@@ -129,6 +118,38 @@ def _decodes(
         context += seq.num_tokens
         slices.append(seq.plan(1))
     return slices, context
+
+
+def _whole(prompts: list[Sequence], budget: int) -> list[tuple[Sequence, int]]:
+    """Whole prompts, oldest first: the first in any case, others while they fit beside it."""
+    shares: list[tuple[Sequence, int]] = []
+    for seq in prompts:
+        if shares and seq.behind > budget:
+            break
+        shares.append((seq, seq.behind))
+        budget -= seq.behind
+    return shares
+
+
+def _shared(prompts: list[Sequence], budget: int) -> list[tuple[Sequence, int]]:
+    """Chunks of prompts: the oldest shares its chunk, half and half, with those that have less left than itself.
+
+    So a short prompt does not wait until a long one before it is read, and the long one takes at most twice as long.
+    What the oldest does not need goes to whoever has least left.
+    """
+    if not prompts:
+        return []
+    oldest, *others = prompts
+    shorter = sum(seq.behind for seq in others if seq.behind < oldest.behind)
+    first = min(oldest.behind, budget - min(budget // 2, shorter))
+    shares = [(oldest, first)]
+    left = budget - first
+    for seq in sorted(others, key=lambda seq: (seq.key[0], seq.behind, seq.key)):
+        if left <= 0:
+            break
+        shares.append((seq, min(seq.behind, left)))
+        left -= seq.behind
+    return shares
 
 
 def _prompt_budget(spec: WorkerSpec, times: StepTimes, num_decodes: int, context: int) -> int:

@@ -325,10 +325,7 @@ class Worker:
             self._end(now, seq, Reason.CANCELLED)
 
     def _end(self, now: float, seq: Sequence, reason: Reason) -> None:
-        """It goes no further here, and says so at once, with its last token: nobody must write on after a stop token.
-
-        While a step in flight carries it, it keeps its blocks; the end of that step ends it again.
-        """
+        """It goes no further here, and says so at once; while a step in flight carries it, it keeps its blocks."""
         if seq.ended is None:
             seq.ended = reason
             seq.life.climb(_LAST.get(reason, Rung.FAILED), now)

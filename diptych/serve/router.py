@@ -180,4 +180,3 @@ class RouterDriver:
             case Reject(request=request, status=status, why=why):
                 open_ = self._open.pop(request)
                 self._ports.deliver(open_.client, Deliver(request, "", status, why), b"")
-
