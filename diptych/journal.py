@@ -37,7 +37,6 @@ _POLICY_TYPES: tuple[type, ...] = (
     messages.WorkerLost,
     messages.Progress,
     messages.Failed,
-    messages.LinkMeasured,
     messages.Place,
     messages.Cancel,
     messages.Reject,

@@ -13,7 +13,6 @@ from diptych.policy.messages import (
     Cancelled,
     Failed,
     Finish,
-    LinkMeasured,
     Place,
     Progress,
     Reason,
@@ -186,12 +185,6 @@ def test_attempts_are_not_endless() -> None:
     for attempt in range(MAX_ATTEMPTS):
         orders = made.on(0.0, Failed(attempt_id(1, attempt), "m0", 0, Reason.REFUSED))
     assert isinstance(orders[-1], Reject) and orders[-1].status == 503 and made.num["failed"] == 1
-
-
-def test_links_are_remembered() -> None:
-    made = router("pd")
-    made.on(0.0, LinkMeasured("p0", "d1", 1e9))
-    assert made.links == {("p0", "d1"): 1e9}
 
 
 # --- its books -------------------------------------------------------------------------------------------------------

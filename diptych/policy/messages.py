@@ -107,15 +107,6 @@ class Failed:
     reason: Reason
 
 
-@dataclass(frozen=True, slots=True)
-class LinkMeasured:
-    """A transfer from `source` to `target` was seen to run at `bytes_per_s`."""
-
-    source: str
-    target: str
-    bytes_per_s: float
-
-
 # --- router -> worker ------------------------------------------------------------------------------------------
 
 
@@ -360,7 +351,7 @@ class Tick:
     """The time an object asked for with `next_deadline()` has come."""
 
 
-RouterEvent = Submitted | Cancelled | WorkerUp | WorkerLost | Progress | Failed | Finish | LinkMeasured | Tick
+RouterEvent = Submitted | Cancelled | WorkerUp | WorkerLost | Progress | Failed | Finish | Tick
 RouterOrder = Place | Cancel | Reject
 WorkerEvent = (
     Place

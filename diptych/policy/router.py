@@ -22,7 +22,6 @@ from diptych.policy.messages import (
     Cancelled,
     Failed,
     Finish,
-    LinkMeasured,
     Place,
     Progress,
     Reason,
@@ -146,7 +145,6 @@ class Router:
         self.workers: dict[str, WorkerView] = {}
         self.requests: dict[int, RequestView] = {}
         self.num: dict[str, int] = dict.fromkeys(("submitted", "finished", "rejected", "cancelled", "failed"), 0)
-        self.links: dict[tuple[str, str], float] = {}
         self._clock = 0  # counts placements, for ages and for turns
         self._orders: list[RouterOrder] = []
 
@@ -167,8 +165,6 @@ class Router:
                 self.workers[event.worker] = WorkerView(event.worker, event.role, event.num_blocks, event.block_size)
             case WorkerLost():
                 self._worker_lost(now, event)
-            case LinkMeasured():
-                self.links[event.source, event.target] = event.bytes_per_s
             case Tick():
                 pass
         orders, self._orders = self._orders, []
