@@ -40,6 +40,15 @@ LATENT = {
 
 MHA = {"num_key_value_heads": DROP, "head_dim": DROP}
 
+VISION = {
+    "image_token_id": 297,
+    "image_token_index": 297,
+    "video_token_id": 298,
+    "vision_config": {"hidden_size": 64, "num_hidden_layers": 1, "depth": 1, "embed_dim": 64, "out_hidden_size": 64}
+    | {"intermediate_size": 64, "num_attention_heads": 2, "num_heads": 2, "deepstack_visual_indexes": [0]},
+}
+MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 2, 2]}
+
 Family = tuple[str, dict[str, Any]]
 # Name -> (model_type of transformers, what its configuration says besides COMMON). All of these run.
 FAMILIES: dict[str, Family] = {
@@ -119,6 +128,15 @@ FAMILIES: dict[str, Family] = {
     "mellum": ("mellum", MOE),
     "flint": ("flint", {**MOE, **WINDOWS}),
     "aria_text": ("aria_text", {"moe_num_experts": 4, "moe_topk": 2}),
+    # Multimodal checkpoints, which answer to text.
+    "gemma3": ("gemma3", {"text_config": WINDOWS, "boi_token_index": 295, "eoi_token_index": 296} | VISION),
+    "mistral3": ("mistral3", {"text_config": {"model_type": "mistral", "sliding_window": 16}} | VISION),
+    "llava": ("llava", {"text_config": {"model_type": "llama"}} | VISION),
+    "idefics3": ("idefics3", {"text_config": {"model_type": "llama"}} | VISION),
+    "internvl": ("internvl", {"text_config": {"model_type": "qwen2"}} | VISION),
+    "qwen2_vl": ("qwen2_vl", {"text_config": {"rope_parameters": MROPE}} | VISION),
+    "qwen2_5_vl": ("qwen2_5_vl", {"text_config": {"rope_parameters": MROPE}} | VISION),
+    "qwen3_vl": ("qwen3_vl", {"text_config": {"rope_parameters": MROPE}} | VISION),
 }
 LONGROPE = {
     "rope_type": "longrope",
@@ -159,18 +177,26 @@ def make_checkpoint(arch: str, folder: Path, seed: int = 0, **overrides: Any) ->
     """
     import torch
     import transformers
+    from transformers.models.auto import modeling_auto as auto
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     family, own = FAMILIES[arch] if arch in FAMILIES else REFUSED[arch][0]
-    fields = {name: value for name, value in {**COMMON, **own, **overrides}.items() if value is not DROP}
+    fields = _fields({**own.get("text_config", own), **overrides})
+    if "text_config" in own:
+        fields = {**own, "text_config": fields, "tie_word_embeddings": False}
+    names = {**auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, **auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES}
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model_class = getattr(transformers, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[family])
-        model = model_class(CONFIG_MAPPING[family](**fields))
+        model = getattr(transformers, names[family])(CONFIG_MAPPING[family](**fields))
         for name, parameter in model.named_parameters():
             # Zeros and ones by default, which would hide their absence.
             if name.endswith("bias") or "norm" in name or "sinks" in name:
                 parameter.data.add_(torch.randn_like(parameter) * 0.1)
+            elif "text_config" in own:  # the wrapper draws these, and not as wide as COMMON says
+                torch.nn.init.normal_(parameter, std=COMMON["initializer_range"])
     model.save_pretrained(folder)
     return folder
+
+
+def _fields(own: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in {**COMMON, **own}.items() if value is not DROP}

@@ -1,10 +1,11 @@
 """What a checkpoint's own `generate()` says, and the one way in which we may differ from it: a tie."""
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM
+import transformers
 
 from diptych.config import load_cluster
 from diptych.engine.executor import Sampling
@@ -26,7 +27,8 @@ class Reference:
     """transformers' own greedy decoding of one checkpoint in fp32."""
 
     def __init__(self, folder: Path):
-        self._model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        (name,) = json.loads((folder / "config.json").read_text())["architectures"]
+        self._model = getattr(transformers, name).from_pretrained(folder, dtype=torch.float32).eval()
         self.num_ties = 0
 
     @torch.inference_mode()

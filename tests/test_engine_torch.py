@@ -330,7 +330,7 @@ def test_other_families_and_broken_folders_are_refused(tmp_path, folders):
     with pytest.raises(UnsupportedModel, match="is a LlamaForSequenceClassification, not a language model"):
         adapter.load(tmp_path)
     (tmp_path / "config.json").write_text(config.replace("LlamaForCausalLM", "LlavaForConditionalGeneration"))
-    with pytest.raises(UnsupportedModel, match="an encoder-decoder or a multimodal model"):
+    with pytest.raises(UnsupportedModel, match="is a LlavaForConditionalGeneration, not a language model"):
         adapter.load(tmp_path)
     (tmp_path / "config.json").write_text(
         config.replace('"bos_token_id"', '"is_encoder_decoder": true, "bos_token_id"')

@@ -35,17 +35,17 @@ def class_of(facts: ModelFacts) -> tuple[Any, Any]:
 def _find_class(facts: ModelFacts) -> Any:
     try:
         import transformers
-        from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as NAMES
+        from transformers.models.auto import modeling_auto as auto
     except ImportError as error:
         raise ConfigError(f"transformers cannot be imported ({error}); install diptych[torch]") from error
-    if facts.model_type not in NAMES:
+    # A multimodal checkpoint runs in its own class too, and is never shown an image.
+    names = {**auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, **auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES}
+    name = names.get(facts.model_type)
+    if name is None:
         raise UnsupportedModel(
             f"{facts.folder} is a {facts.model_type!r} model ({facts.architecture}), for which transformers "
             f"{transformers.__version__} has no language model class"
         )
-    name = NAMES[facts.model_type]
-    if "ConditionalGeneration" in name or "ConditionalGeneration" in facts.architecture:
-        raise UnsupportedModel(f"{facts.folder} is a {facts.architecture}: an encoder-decoder or a multimodal model")
     if facts.architecture != name and not facts.architecture.endswith("ForCausalLM"):
         raise UnsupportedModel(f"{facts.folder} is a {facts.architecture}, not a language model ({name})")
     return getattr(transformers, name)
