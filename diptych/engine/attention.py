@@ -309,6 +309,7 @@ def paged_attention(
             f"layer {module.layer_idx} has {key.shape[1]} KV heads of {key.shape[-1]} (keys) and {width} (values), "
             f"where config.json says {kv.num_heads} of {kv.dim} for every layer"
         )
-    if width < kv.dim:
-        value = pad(value, (0, kv.dim - width))
+    if width == kv.dim:
+        return batch.attend(module.layer_idx, query[0], key[0], value[0], features)[None], None
+    value = pad(value, (0, kv.dim - width))
     return batch.attend(module.layer_idx, query[0], key[0], value[0], features)[None, ..., :width], None
