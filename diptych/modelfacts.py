@@ -11,7 +11,7 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
-from diptych.errors import ConfigError
+from diptych.errors import ConfigError, UnsupportedModel
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "uint8": 1, "int8": 1}
 WEIGHT_SUFFIXES = (".safetensors", ".safetensors.index.json", ".bin")
@@ -69,8 +69,11 @@ def read_facts(model: str | Path) -> ModelFacts:
     config = {**outer, **outer.get("text_config", {})}
     generation_path = folder / "generation_config.json"
     generation = _read_json(generation_path) if generation_path.exists() else {}
+    if outer.get("is_encoder_decoder"):
+        raise UnsupportedModel(f"{folder} is an encoder-decoder model; only decoder-only language models can be served")
     num_heads = _required(config, "num_heads", folder)
     hidden = _required(config, "hidden", folder)
+    num_kv_heads, head_dim = _kv_shape(config, num_heads, hidden)
     return ModelFacts(
         folder=str(folder),
         architecture=(outer.get("architectures") or ["?"])[0],
@@ -78,8 +81,8 @@ def read_facts(model: str | Path) -> ModelFacts:
         num_layers=_required(config, "num_layers", folder),
         hidden=hidden,
         num_heads=num_heads,
-        num_kv_heads=config.get("num_key_value_heads") or num_heads,
-        head_dim=config.get("head_dim") or hidden // num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
         vocab=_required(config, "vocab", folder),
         max_positions=config.get("max_position_embeddings") or config.get("n_positions") or 2048,
         dtype=_dtype(config),
@@ -129,7 +132,19 @@ def _required(config: dict[str, Any], fact: str, folder: Path) -> int:
     for name in _NAMES[fact]:
         if isinstance(config.get(name), int):
             return int(config[name])
-    raise ConfigError(f"{folder}/config.json does not say {_NAMES[fact][0]}; is this a decoder-only language model?")
+    raise ConfigError(
+        f"{folder}/config.json does not say {_NAMES[fact][0]}; is this a decoder-only language model with attention?"
+    )
+
+
+def _kv_shape(config: dict[str, Any], num_heads: int, hidden: int) -> tuple[int, int]:
+    """KV heads, and the width of a key in each."""
+    if config.get("qk_nope_head_dim"):  # latent attention: kept as the full keys and values it expands to
+        return num_heads, int(config["qk_nope_head_dim"] + config["qk_rope_head_dim"])
+    head_dim = config.get("head_dim") or hidden // num_heads
+    if "multi_query" in config:  # GPTBigCode
+        return 1 if config["multi_query"] else num_heads, head_dim
+    return config.get("num_key_value_heads") or num_heads, head_dim
 
 
 def _dtype(config: dict[str, Any]) -> str:

@@ -1,10 +1,16 @@
 """What a checkpoint's own `generate()` says, and the one way in which we may differ from it: a tie."""
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM
+import transformers
+
+from diptych.config import load_cluster
+from diptych.engine.executor import Sampling
+from diptych.serve.build import build
+from diptych.serve.local import LocalCluster
 
 TIE = 1e-4  # logits of the two best tokens closer than this are a tie
 
@@ -21,7 +27,8 @@ class Reference:
     """transformers' own greedy decoding of one checkpoint in fp32."""
 
     def __init__(self, folder: Path):
-        self._model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        (name,) = json.loads((folder / "config.json").read_text())["architectures"]
+        self._model = getattr(transformers, name).from_pretrained(folder, dtype=torch.float32).eval()
         self.num_ties = 0
 
     @torch.inference_mode()
@@ -47,3 +54,20 @@ class Reference:
                 self.num_ties += 1
                 return
         assert len(tokens) == len(expected.tokens), f"{what}: {len(tokens)} tokens, generate() has {expected.tokens}"
+
+
+def answers(folder: Path, prompts: list[list[int]], num_new: int, **flags: object) -> list[list[int]]:
+    """What a cluster in this process answers to all prompts at once; afterwards every block of it is home."""
+    config = load_cluster(None, {"model": str(folder), "kv_memory": "4MiB", "cores": [0], **flags})
+    cluster = LocalCluster([build(config, worker) for worker in config.workers])
+    try:
+        given = [cluster.submit(prompt, num_new, Sampling()) for prompt in prompts]
+        cluster.run_until(given)
+        cluster.settle()
+        for driver in cluster.workers.values():
+            driver.policy.pool.check()
+            assert not driver.policy.seqs
+        assert not any(answer.error for answer in given)
+        return [answer.tokens for answer in given]
+    finally:
+        cluster.close()

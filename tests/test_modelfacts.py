@@ -51,6 +51,13 @@ def test_explicit_head_dim_and_defaults(tmp_path):
     assert (facts.head_dim, facts.num_kv_heads, facts.dtype) == (128, 16, "float16")
 
 
+def test_kv_shape_of_latent_and_multi_query_attention(tmp_path):
+    facts = facts_of(tmp_path, qk_nope_head_dim=128, qk_rope_head_dim=64, head_dim=64)
+    assert (facts.num_kv_heads, facts.head_dim) == (16, 192)
+    facts = facts_of(tmp_path, multi_query=True, num_key_value_heads=None)
+    assert (facts.num_kv_heads, facts.head_dim) == (1, 64)
+
+
 def test_parameters_are_those_of_the_real_class(tmp_path):
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")

@@ -1,11 +1,10 @@
-"""The one file that knows transformers: loads a checkpoint into its own model class, with our attention inside.
+"""Loads a checkpoint into transformers' own model class, with our attention inside.
 
-Refuses, with the reason, what would come out wrong: families not yet vouched for, windows, rotary scaling that looks
-at the whole batch, missing weights; then `probe.py` runs a few tokens. transformers is imported when a model is
-loaded, and of it only what the family's module needs. Not responsible for attention itself, batching or sampling.
+What would come out wrong is refused with the reason: `families.py` reads what configuration and class say, missing
+weights are noticed here, and `probe.py` runs a few tokens. These three, and `features.py`, are all that knows
+transformers. Not responsible for attention itself, batching or sampling.
 """
 
-import importlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,20 +15,11 @@ import torch
 from torch import Tensor
 
 from diptych.engine.attention import Batch, forward_context, paged_attention
-from diptych.errors import ConfigError, UnsupportedModel
+from diptych.engine.families import class_of
+from diptych.errors import ConfigError
 from diptych.modelfacts import ModelFacts, dtype_bytes, read_facts
 
 ATTENTION = "diptych_paged"
-
-# Families whose tokens a test compares with generate(): model_type -> (module, class).
-FAMILIES = {
-    "llama": ("transformers.models.llama.modeling_llama", "LlamaForCausalLM"),
-    "mistral": ("transformers.models.mistral.modeling_mistral", "MistralForCausalLM"),
-    "qwen2": ("transformers.models.qwen2.modeling_qwen2", "Qwen2ForCausalLM"),
-    "qwen3": ("transformers.models.qwen3.modeling_qwen3", "Qwen3ForCausalLM"),
-}
-# Rotary tables that depend on the longest sequence of a forward: in a shared batch they would couple strangers.
-_BATCH_DEPENDENT_ROPE = ("dynamic", "longrope")
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +65,6 @@ def load(model: str | Path, dtype: str | None = None, device: str = "cpu", probe
         raise ConfigError(f"a model cannot compute in {dtype}; use float32 or bfloat16")
     module = _load_module(facts, torch_dtype).to(device)
     loaded = Model(facts, module, torch_dtype, torch.device(device))
-    _refuse_unsupported(facts, module.config)
     if probe:
         from diptych.engine.probe import check  # it needs Model
 
@@ -84,29 +73,19 @@ def load(model: str | Path, dtype: str | None = None, device: str = "cpu", probe
 
 
 def _load_module(facts: ModelFacts, dtype: torch.dtype) -> Any:
-    if facts.model_type not in FAMILIES:
-        raise UnsupportedModel(
-            f"{facts.folder} is a {facts.model_type!r} model ({facts.architecture}); "
-            f"supported so far: {', '.join(FAMILIES)}"
-        )
-    module_name, class_name = FAMILIES[facts.model_type]
-    if facts.architecture != class_name:
-        raise UnsupportedModel(f"{facts.folder} is a {facts.architecture}, not a language model ({class_name})")
-    try:
-        family = importlib.import_module(module_name)
-    except ImportError as error:
-        raise ConfigError(f"transformers cannot be imported ({error}); install diptych[torch]") from error
+    model_class, config = class_of(facts)
     _register()
     try:
-        module, info = getattr(family, class_name).from_pretrained(
+        module, info = model_class.from_pretrained(
             facts.folder,
+            config=config,
             dtype=dtype,
             attn_implementation=ATTENTION,
             use_safetensors=True,
             local_files_only=True,
             output_loading_info=True,
         )
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, ImportError) as error:
         raise ConfigError(f"{facts.folder} cannot be loaded: {error}") from error
     # transformers fills what is missing with random numbers and warns; a server must not.
     if lacking := sorted({*info["missing_keys"], *map(str, info["mismatched_keys"])}):
@@ -121,24 +100,6 @@ def _register() -> None:
 
     AttentionInterface.register(ATTENTION, paged_attention)
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # a worker's stderr is a log
-
-
-def _refuse_unsupported(facts: ModelFacts, config: Any) -> None:
-    """Raise UnsupportedModel for what a probe of a few tokens cannot notice."""
-    reasons = []
-    window = getattr(config, "sliding_window", None)
-    windowed = "sliding_attention" in (getattr(config, "layer_types", None) or ["sliding_attention"])
-    if window is not None and windowed and window < facts.max_positions:
-        reasons.append(f"its sliding window of {window} tokens is shorter than its {facts.max_positions} positions")
-    rope = getattr(config, "rope_parameters", None) or {}
-    if rope.get("rope_type") in _BATCH_DEPENDENT_ROPE:
-        reasons.append(f"its rotary scaling {rope['rope_type']!r} depends on the longest sequence in the batch")
-    if getattr(config, "quantization_config", None):
-        reasons.append("its weights are quantized")
-    if not getattr(config, "is_causal", True):
-        reasons.append("it is not causal")
-    if reasons:
-        raise UnsupportedModel(f"{facts.folder} is not supported: {'; '.join(reasons)}")
 
 
 @contextmanager

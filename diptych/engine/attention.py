@@ -3,7 +3,9 @@
 A step's new tokens lie in one row: first decodes (one new token each, batched by similar length), then prompt
 pieces one by one. All indices are made once per step and serve every layer. Sequences never see each other: not
 through masks, and not through stale bytes, since the unwritten tail of a block is zeroed when the block is begun.
-A later issue puts C++ under the decodes. Not responsible for block ids, positions or the model around it.
+A layer's window is a mask: the KV before it is kept, and gathered, all the same. What torch's fused attention cannot
+do (capped scores, sinks) goes to `plain.py`. A later issue puts C++ under the decodes. Not responsible for block ids,
+positions or the model around it.
 """
 
 from collections.abc import Iterator, Sequence
@@ -14,9 +16,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import pad, scaled_dot_product_attention
 
+from diptych.engine import plain
+from diptych.engine.features import Features, features_of
 from diptych.engine.sequence import Piece
+from diptych.errors import UnsupportedModel
 
 # Decodes gathered together: at most this many bytes of K and V, so that the copy stays in cache until it is read.
 GATHER_BYTES = 8 << 20
@@ -78,16 +83,32 @@ class Decodes:
     first: int
     end: int
     index: Tensor
-    mask: Tensor  # [sequences, 1, 1, tokens], 0 or -inf
+    ends: Tensor  # [sequences]: their tokens
+    masks: dict[int | None, Tensor] = field(default_factory=dict)  # by window
 
-    def attend(self, kv: PagedKV, layer: int, query: Tensor, scale: float) -> Tensor:
+    def attend(self, kv: PagedKV, layer: int, query: Tensor, features: Features) -> Tensor:
         """query [heads, sequences, dim] -> [sequences, heads, dim]."""
         count = self.end - self.first
         keys, values = kv.gather(layer, self.index, count)
         # The query heads that share a KV head become rows of one small matrix: nothing is repeated.
         rows = query.transpose(0, 1).reshape(count, kv.num_heads, -1, kv.dim)
-        out = scaled_dot_product_attention(rows, keys, values, attn_mask=self.mask, scale=scale)
+        mask = self._mask(keys, features.window)
+        if features.fused:
+            out = scaled_dot_product_attention(rows, keys, values, attn_mask=mask, scale=features.scale)
+        else:
+            out = plain.attend(rows, keys, values, mask, features)
         return out.reshape(count, -1, kv.dim)
+
+    def _mask(self, keys: Tensor, window: int | None) -> Tensor:
+        """[sequences, 1, 1, tokens], 0 or -inf; made once per window and step."""
+        if window not in self.masks:
+            tokens = torch.arange(keys.shape[-2], device=keys.device)[None]
+            hidden = tokens >= self.ends[:, None]
+            if window:
+                hidden |= tokens < self.ends[:, None] - window
+            mask = torch.zeros(hidden.shape, dtype=keys.dtype, device=keys.device)
+            self.masks[window] = mask.masked_fill_(hidden, float("-inf"))[:, None, None]
+        return self.masks[window]
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,11 +117,14 @@ class Fresh:
 
     first: int
     end: int
+    masks: dict[int | None, Tensor] = field(default_factory=dict)
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, features: Features) -> Tensor:
         """query [heads, count, dim], key and value [KV heads, count, dim] -> [count, heads, dim]."""
+        if not features.fused or features.window and features.window < self.end - self.first:
+            return _attend_masked(query, key, value, features, self.masks)
         q, k, v = _by_group(query, key, value)
-        return _flatten(scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale))
+        return _flatten(scaled_dot_product_attention(q, k, v, is_causal=True, scale=features.scale))
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,13 +135,30 @@ class Chunk:
     end: int
     num_tokens: int
     index: Tensor
-    mask: Tensor  # [count, tokens]: for the queries in reverse order, see `_reversed_causal`
+    masks: dict[int | None, Tensor] = field(default_factory=dict)
 
-    def attend(self, kv: PagedKV, layer: int, query: Tensor, scale: float) -> Tensor:
+    def attend(self, kv: PagedKV, layer: int, query: Tensor, features: Features) -> Tensor:
         """query [heads, count, dim] -> [count, heads, dim]."""
         keys, values = kv.gather(layer, self.index, 1)[:, 0, :, : self.num_tokens]
-        q, k, v = _by_group(query.flip(1), keys, values)
-        return _flatten(scaled_dot_product_attention(q, k, v, attn_mask=self.mask, scale=scale)).flip(0)
+        return _attend_masked(query, keys, values, features, self.masks)
+
+
+def _attend_masked(
+    query: Tensor, key: Tensor, value: Tensor, features: Features, masks: dict[int | None, Tensor]
+) -> Tensor:
+    """A sequence's last queries [heads, count, dim] over all its keys [KV heads, tokens, dim] -> [count, heads, dim].
+
+    `masks` keeps, for the other layers of the step, the mask of each window.
+    """
+    count, num_tokens = query.shape[1], key.shape[1]
+    window = features.window if features.window and features.window < num_tokens else None
+    if window not in masks:
+        masks[window] = reversed_causal(count, num_tokens, key, window)
+    mask = masks[window]
+    q, k, v = _by_group(query.flip(1), key, value)
+    if features.fused:
+        return _flatten(scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=features.scale)).flip(0)
+    return _flatten(plain.attend_reversed(q, key, value, mask, features)).flip(0)
 
 
 def _by_group(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -133,16 +174,19 @@ def _flatten(out: Tensor) -> Tensor:
     return out.flatten(0, 1).transpose(0, 1)
 
 
-def _reversed_causal(count: int, num_tokens: int, kv: PagedKV) -> Tensor:
+def reversed_causal(count: int, num_tokens: int, like: Tensor, window: int | None) -> Tensor:
     """The causal mask [count, num_tokens] of a sequence's last `count` queries, taken last to first.
 
-    Query i then sees keys 0 .. num_tokens - 1 - i, so entry (i, j) depends on i + j only: one line of numbers seen
-    through strides (1, 1) is the whole matrix. 512 queries over 128k tokens cost 0.5 MB instead of 256.
+    Query i then sees keys up to num_tokens - 1 - i, or the last `window` of those, so entry (i, j) depends on i + j
+    only: one line of numbers seen through strides (1, 1) is the whole matrix. 512 queries over 128k tokens cost 0.5 MB
+    instead of 256.
     """
-    line = torch.zeros(num_tokens + count - 1, dtype=kv.dtype, device=kv.device)
+    line = torch.zeros(num_tokens + count - 1, dtype=like.dtype, device=like.device)
     line[num_tokens:] = float("-inf")
+    if window:
+        line[: num_tokens - window] = float("-inf")
     mask = line.as_strided((count, num_tokens), (1, 1))
-    return mask if kv.device.type == "cpu" else mask.contiguous()  # kernels elsewhere want aligned rows (never run)
+    return mask if like.device.type == "cpu" else mask.contiguous()  # kernels elsewhere want aligned rows (never run)
 
 
 @dataclass(slots=True)
@@ -157,7 +201,7 @@ class Batch:
     last: list[int]
     num_calls: int = field(default=0)
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, features: Features) -> Tensor:
         """query [heads, tokens, dim], key and value [KV heads, tokens, dim] -> [tokens, heads, dim]."""
         self.num_calls += 1
         self.kv.write(layer, self.slots, key, value)
@@ -166,9 +210,9 @@ class Batch:
             span = slice(segment.first, segment.end)
             match segment:
                 case Fresh():
-                    out[span] = segment.attend(query[:, span], key[:, span], value[:, span], scale)
+                    out[span] = segment.attend(query[:, span], key[:, span], value[:, span], features)
                 case _:
-                    out[span] = segment.attend(self.kv, layer, query[:, span], scale)
+                    out[span] = segment.attend(self.kv, layer, query[:, span], features)
         return out
 
 
@@ -205,8 +249,7 @@ def _prompt_segments(ordered: list[Piece], skip: int, firsts: np.ndarray, kv: Pa
         if piece.start == 0:
             yield Fresh(first, first + piece.count)
         else:
-            mask = _reversed_causal(piece.count, piece.end, kv)
-            yield Chunk(first, first + piece.count, piece.end, kv.row_index(piece.blocks[None]), mask)
+            yield Chunk(first, first + piece.count, piece.end, kv.row_index(piece.blocks[None]))
 
 
 def _decode_groups(decodes: list[Piece], kv: PagedKV) -> Iterator[Decodes]:
@@ -228,10 +271,8 @@ def _decode_group(pieces: list[Piece], first: int, kv: PagedKV) -> Decodes:
     for table, piece in zip(tables, pieces, strict=True):
         table[: len(piece.blocks)] = piece.blocks
         table[len(piece.blocks) :] = piece.blocks[-1]  # padding reads the sequence's own bytes, never a stranger's
-    ends = torch.tensor([piece.end for piece in pieces])
-    hidden = torch.arange(width * kv.block_size)[None] >= ends[:, None]
-    mask = torch.zeros(hidden.shape, dtype=kv.dtype).masked_fill_(hidden, float("-inf"))
-    return Decodes(first, first + len(pieces), kv.row_index(tables), mask[:, None, None].to(kv.device))
+    ends = torch.tensor([piece.end for piece in pieces], device=kv.device)
+    return Decodes(first, first + len(pieces), kv.row_index(tables), ends)
 
 
 # Metadata reaches the attention function through here, not through the model's keyword arguments: wrappers around
@@ -255,9 +296,20 @@ def paged_attention(
 ) -> tuple[Tensor, None]:
     """The function transformers calls: query [1, heads, tokens, dim], key and value [1, KV heads, tokens, dim].
 
-    Returns [1, tokens, heads, dim]. The mask is ours to make, so the one passed is ignored (it is None).
+    Returns [1, tokens, heads, dim]. Masks are ours to make: one passed by the model is refused. Values narrower than
+    keys (DeepSeek) are stored as wide as keys.
     """
-    if _current is None:
+    batch = _current
+    if batch is None:
         raise RuntimeError("paged attention was called outside a forward context")
-    scale = kwargs.get("scaling") or query.shape[-1] ** -0.5
-    return _current.attend(module.layer_idx, query[0], key[0], value[0], scale)[None], None
+    features = features_of(module, query.shape[-1], attention_mask, kwargs)
+    kv, width = batch.kv, value.shape[-1]
+    if key.shape[1] != kv.num_heads or key.shape[-1] != kv.dim or width > kv.dim:
+        raise UnsupportedModel(
+            f"layer {module.layer_idx} has {key.shape[1]} KV heads of {key.shape[-1]} (keys) and {width} (values), "
+            f"where config.json says {kv.num_heads} of {kv.dim} for every layer"
+        )
+    if width == kv.dim:
+        return batch.attend(module.layer_idx, query[0], key[0], value[0], features)[None], None
+    value = pad(value, (0, kv.dim - width))
+    return batch.attend(module.layer_idx, query[0], key[0], value[0], features)[None, ..., :width], None
