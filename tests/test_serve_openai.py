@@ -44,6 +44,16 @@ def test_parameters_arrive() -> None:
     assert openai.max_new(completion(max_tokens=3, max_completion_tokens=4), 1, CARD, True) == 4
 
 
+def test_penalties_arrive() -> None:
+    given = {"min_p": 0.1, "repetition_penalty": 1.2, "presence_penalty": -1, "frequency_penalty": 0.5}
+    chosen = openai.sampling(completion(**given, logit_bias={"7": 2, "3": -100}), ())
+    assert {name: getattr(chosen, name) for name in given} == given
+    assert chosen.logit_bias == ((3, -100.0), (7, 2.0))
+    plain = openai.sampling(completion(), ())
+    assert (plain.min_p, plain.repetition_penalty, plain.presence_penalty, plain.frequency_penalty) == (0, 1, 0, 0)
+    assert plain.logit_bias == ()
+
+
 def test_stop_is_a_string_or_a_list() -> None:
     assert openai.stop_strings(completion(stop="a")) == ("a",)
     assert openai.stop_strings(completion(stop=["a", "b"])) == ("a", "b")
@@ -107,9 +117,13 @@ REFUSED: list[tuple[str, Any]] = [
     ("logprobs", 0),
     ("logprobs", 5),
     ("top_logprobs", 3),
-    ("frequency_penalty", 0.5),
-    ("presence_penalty", -1),
-    ("logit_bias", {"5": 1}),
+    ("frequency_penalty", 2.5),
+    ("presence_penalty", -2.1),
+    ("repetition_penalty", 0),
+    ("min_p", -0.1),
+    ("min_p", 1.1),
+    ("logit_bias", {"word": 1}),
+    ("logit_bias", {"5": 101}),
     ("response_format", {"type": "json_object"}),
     ("tool_choice", "required"),
     ("prompt", None),
@@ -173,10 +187,11 @@ def test_prompts_of_wrong_ids(tokens: list[int]) -> None:
 
 
 @pytest.mark.parametrize("tokens", [[-1], [50]])
-def test_stop_ids_outside_the_vocabulary(tokens: list[int]) -> None:
-    with pytest.raises(BadRequest) as caught:
-        openai.check_stop_ids(completion(stop_token_ids=tokens), CARD)
-    assert caught.value.param == "stop_token_ids"
+def test_ids_outside_the_vocabulary(tokens: list[int]) -> None:
+    for name, value in (("stop_token_ids", tokens), ("logit_bias", {str(token): 1 for token in tokens})):
+        with pytest.raises(BadRequest) as caught:
+            openai.check_ids(completion(**{name: value}), CARD)
+        assert caught.value.param == name
 
 
 @pytest.mark.parametrize(("num_prompt", "asked"), [(100, None), (101, 1), (90, 11)])

@@ -114,6 +114,52 @@ def test_sampling_does_not_depend_on_the_way(case: Case) -> None:
     assert outcomes[0] != [expected.tokens[:16] for expected in case.expected]
 
 
+@pytest.mark.parametrize("name", ["unified", "chunked-100", "disaggregated-32"])
+def test_a_repetition_penalty_is_that_of_generate(case: Case, name: str) -> None:
+    prompts = case.prompts[:7]
+    cluster = case.cluster(**TOPOLOGIES[name])
+    answers = [cluster.submit(prompt, 32, Sampling(repetition_penalty=1.3)) for prompt in prompts]
+    cluster.run_until(answers)
+    for prompt, answer in zip(prompts, answers, strict=True):
+        expected = case.reference.greedy(prompt, 32, repetition_penalty=1.3)
+        case.reference.check(expected, answer.tokens, f"{name}, {len(prompt)} prompt tokens, penalised")
+    plain = [expected.tokens[:32] for expected in case.expected[:7]]
+    assert [answer.tokens for answer in answers] != plain
+    cluster.close()
+
+
+def test_penalties_survive_handover_and_preemption(case: Case) -> None:
+    """Bias, penalties and min-p with a seed: the same tokens in every mode, and where memory was lost on the way."""
+    outcomes = []
+    tight = 50 * 16 * 3 * 2 * 2 * 16 * 4
+    for flags in (
+        {"mixed": 1, "chunk": "off"},
+        {"mixed": 1, "chunk": 64, "kv_memory": tight},
+        {"prefill": 1, "decode": 1, "chunk": 64, "depth": 2},
+    ):
+        cluster = case.cluster(**flags)
+        answers = [cluster.submit(prompt, NUM_NEW, spiced(seed)) for seed, prompt in enumerate(case.prompts)]
+        cluster.run_until(answers)
+        outcomes.append([answer.tokens for answer in answers])
+        if flags.get("kv_memory"):
+            assert sum(driver.policy.num_preempted for driver in cluster.workers.values()) > 0
+        cluster.close()
+    assert outcomes[0] == outcomes[1] == outcomes[2]
+
+
+def spiced(seed: int) -> Sampling:
+    """Everything at once, in other strengths for each seed."""
+    return Sampling(
+        temperature=0.5 + 0.1 * seed,
+        seed=seed,
+        min_p=0.02,
+        repetition_penalty=1.0 + 0.05 * seed,
+        presence_penalty=0.2,
+        frequency_penalty=0.1 * (seed % 3),
+        logit_bias=((seed + 5, 2.0), (seed + 9, -3.0)),
+    )
+
+
 def test_a_stop_token_ends_the_answer_in_every_mode(case: Case) -> None:
     prompt, expected = case.prompts[5], case.expected[5]
     stop = expected.tokens[20]

@@ -14,10 +14,11 @@ from diptych.transfer.pool import Pool
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How to choose a sequence's next token. A function of these, the seed, the position and the logits only.
+    """How to choose a sequence's next token. A function of these, the seed, the position, the tokens and the logits.
 
-    temperature 0 is greedy. `top_k` 0 and `top_p` 1.0 are off. `stop_ids` end the sequence unless fewer
+    temperature 0 is greedy. `top_k` 0, `top_p` 1.0, `min_p` 0.0 are off. `stop_ids` end the sequence unless fewer
     than `min_new` tokens were written; the executor reports such an end, the policy knows `max_new`.
+    `repetition_penalty` (1.0 is off) looks at prompt and answer, the other two (0.0 is off) at the answer alone.
     """
 
     temperature: float = 0.0
@@ -26,6 +27,11 @@ class Sampling:
     seed: int = 0
     stop_ids: tuple[int, ...] = ()
     min_new: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()  # (token id, what is added to its logit), each id once
 
 
 @dataclass(slots=True)

@@ -15,6 +15,7 @@ from diptych.engine.executor import Result, Sampling
 from diptych.engine.layouts import kv_layout
 from diptych.engine.sampler import choose
 from diptych.engine.sequence import InOrder, Launch, SequenceTable
+from diptych.engine.shaping import shaped
 from diptych.errors import ConfigError
 from diptych.policy.messages import Run
 from diptych.transfer.pool import Pool
@@ -80,7 +81,9 @@ class TorchExecutor:
         result = Result()
         if sampled:
             pieces = [piece for piece, _ in sampled]
-            tokens = choose(logits, [p.sequence.sampling for p in pieces], [p.end for p in pieces])
+            hows = [piece.sequence.sampling for piece in pieces]
+            histories = [(piece.sequence.tokens, piece.sequence.num_prompt) for piece in pieces]
+            tokens = choose(shaped(logits, hows, histories), hows, [piece.end for piece in pieces])
             for piece, token in zip(pieces, tokens, strict=True):
                 result.tokens.append((piece.rid, token, piece.sequence.append_sampled(token)))
         result.elapsed_s = time.monotonic() - begin_s

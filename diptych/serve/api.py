@@ -76,7 +76,7 @@ class Api:
         arrived = time.perf_counter()
         call = openai.parse(await _read_body(request, self.settings.max_body_bytes), chat)
         openai.check_model(call.model, self.card)
-        openai.check_stop_ids(call, self.card)
+        openai.check_ids(call, self.card)
         prompts = [await self._encode_chat(call)] if chat else await self._encode_prompts(call)
         order = Order(
             chat=chat,

@@ -49,6 +49,11 @@ class Call(msgspec.Struct, kw_only=True):
     temperature: Annotated[float, Meta(ge=0.0, le=2.0)] | None = None
     top_p: Annotated[float, Meta(gt=0.0, le=1.0)] | None = None
     top_k: Annotated[int, Meta(ge=-1, le=2**31 - 1)] | None = None
+    min_p: Annotated[float, Meta(ge=0.0, le=1.0)] | None = None
+    repetition_penalty: Annotated[float, Meta(gt=0.0, le=100.0)] | None = None
+    presence_penalty: Annotated[float, Meta(ge=-2.0, le=2.0)] | None = None
+    frequency_penalty: Annotated[float, Meta(ge=-2.0, le=2.0)] | None = None
+    logit_bias: dict[int, Annotated[float, Meta(ge=-100.0, le=100.0)]] | None = None
     seed: Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)] | None = None
     stop: str | list[str] | None = None
     stop_token_ids: list[int] | None = None
@@ -64,11 +69,6 @@ class Call(msgspec.Struct, kw_only=True):
     logprobs: int | bool | None = None
     top_logprobs: int | None = None
     prompt_logprobs: int | None = None
-    frequency_penalty: float | None = None
-    presence_penalty: float | None = None
-    repetition_penalty: float | None = None
-    min_p: float | None = None
-    logit_bias: dict[str, float] | None = None
     response_format: dict[str, Any] | None = None
     tool_choice: str | dict[str, Any] | None = None
 
@@ -81,11 +81,6 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "logprobs": (),  # False is let through below: 0 asks for something, and equals it
     "top_logprobs": (0,),
     "prompt_logprobs": (),
-    "frequency_penalty": (0.0,),
-    "presence_penalty": (0.0,),
-    "repetition_penalty": (1.0,),
-    "min_p": (0.0,),
-    "logit_bias": ({},),
     "response_format": ({"type": "text"},),
     "tool_choice": ("none", "auto"),
 }
@@ -162,10 +157,11 @@ def check_prompt(tokens: list[int], card: ModelCard) -> None:
         raise BadRequest(f"token ids must be from 0 to {card.vocab_size - 1}", "prompt")
 
 
-def check_stop_ids(call: Call, card: ModelCard) -> None:
-    """Refuse `stop_token_ids` outside the vocabulary."""
-    if call.stop_token_ids and not 0 <= min(call.stop_token_ids) <= max(call.stop_token_ids) < card.vocab_size:
-        raise BadRequest(f"token ids must be from 0 to {card.vocab_size - 1}", "stop_token_ids")
+def check_ids(call: Call, card: ModelCard) -> None:
+    """Refuse `stop_token_ids` and `logit_bias` outside the vocabulary."""
+    for name, ids in (("stop_token_ids", call.stop_token_ids), ("logit_bias", call.logit_bias)):
+        if ids and not 0 <= min(ids) <= max(ids) < card.vocab_size:
+            raise BadRequest(f"token ids must be from 0 to {card.vocab_size - 1}", name)
 
 
 def max_new(call: Call, num_prompt: int, card: ModelCard, chat: bool) -> int:
@@ -200,6 +196,11 @@ def sampling(call: Call, stop_ids: tuple[int, ...]) -> Sampling:
         seed=random.getrandbits(63) if call.seed is None else call.seed % 2**63,
         stop_ids=tuple(dict.fromkeys((*ends, *(call.stop_token_ids or ())))),
         min_new=call.min_tokens or 0,
+        min_p=call.min_p or 0.0,
+        repetition_penalty=1.0 if call.repetition_penalty is None else call.repetition_penalty,
+        presence_penalty=call.presence_penalty or 0.0,
+        frequency_penalty=call.frequency_penalty or 0.0,
+        logit_bias=tuple(sorted((call.logit_bias or {}).items())),
     )
 
 
