@@ -40,6 +40,11 @@ class Reference:
         best = [logits[0].float().topk(2).values for logits in out.scores]
         return Expected(out.sequences[0, len(prompt) :].tolist(), [float(b[0] - b[1]) for b in best])
 
+    @torch.inference_mode()
+    def logprobs(self, tokens: list[int]) -> torch.Tensor:
+        """[tokens, vocab]: at each place, what may come next."""
+        return self._model(torch.tensor([tokens])).logits[0].float().log_softmax(-1)
+
     def check(self, expected: Expected, tokens: list[int], what: str) -> None:
         """Raise AssertionError unless the tokens are the same up to a tie; ties are counted."""
         for i, (theirs, ours) in enumerate(zip(expected.tokens, tokens, strict=False)):

@@ -7,7 +7,7 @@ import msgspec
 import pytest
 
 from diptych.errors import BadRequest, NotFound, Overloaded
-from diptych.serve import openai
+from diptych.serve import openai, replies
 from diptych.serve.frontend import ModelCard
 
 CARD = ModelCard("tiny", max_tokens=100, vocab_size=50, block_size=16, stop_ids=(2,), aliases=("small",))
@@ -108,15 +108,16 @@ REFUSED: list[tuple[str, Any]] = [
     ("stream_options", {"include_usage": True}),
     ("model", 5),
     ("ignore_eos", 1),
-    ("n", 2),
+    ("n", 129),
     ("n", 0),
     ("best_of", 3),
-    ("echo", True),
+    ("echo", 1),
     ("suffix", "x"),
     ("logprobs", True),
-    ("logprobs", 0),
-    ("logprobs", 5),
+    ("logprobs", -1),
+    ("logprobs", 21),
     ("top_logprobs", 3),
+    ("prompt_logprobs", 1),
     ("frequency_penalty", 2.5),
     ("presence_penalty", -2.1),
     ("repetition_penalty", 0),
@@ -217,8 +218,8 @@ def event(frame: bytes) -> dict[str, Any]:
 @pytest.mark.parametrize("chat", [True, False])
 @pytest.mark.parametrize("with_usage", [True, False])
 def test_events(chat: bool, with_usage: bool) -> None:
-    head = openai.head(chat, True, "id-1", 7, 'na"me')
-    frames = openai.Frames(chat, head, 3, with_usage)
+    head = replies.head(chat, True, "id-1", 7, 'na"me')
+    frames = replies.Frames(chat, head, 3, with_usage)
     said = event(frames.text('line\n"é🦊"\u2028'))
     assert said | {"choices": [], "usage": None} == head | {"choices": [], "usage": None}
     assert ("usage" in said) == with_usage

@@ -6,7 +6,7 @@ decides nothing, and never sees a request's history beyond its tokens.
 """
 
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from diptych.policy.messages import Run
 from diptych.transfer.pool import Pool
@@ -32,14 +32,38 @@ class Sampling:
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     logit_bias: tuple[tuple[int, float], ...] = ()  # (token id, what is added to its logit), each id once
+    logprobs: int = -1  # report each new token's log-probability, and those of so many most likely ones; -1 is off
+    prompt_logprobs: int = -1  # the same for the tokens of the prompt that are computed
+
+    @property
+    def scored(self) -> bool:
+        """Log-probabilities are asked for."""
+        return self.logprobs >= 0 or self.prompt_logprobs >= 0
+
+
+class Score(NamedTuple):
+    """Log-probabilities at one place of a text: of the token that is there (first), then of the most likely ones.
+
+    As the model gave them, before temperature, penalties or any other shaping. `rank` 1: there was none more likely.
+    """
+
+    rank: int
+    ids: bytes  # int32
+    values: bytes  # float32, one for each id
 
 
 @dataclass(slots=True)
 class Result:
-    """What a step yielded: for each slice with `sample`, in order, (rid, token, ended by a stop id)."""
+    """What a step yielded: for each slice with `sample`, in order, (rid, token, ended by a stop id).
+
+    `scores`: by rid, of the token just sampled, where asked for. `prompt_scores`: by rid, of prompt tokens, with the
+    position of the first of them.
+    """
 
     tokens: list[tuple[int, int, bool]] = field(default_factory=list)
     elapsed_s: float = 0.0
+    scores: dict[int, Score] = field(default_factory=dict)
+    prompt_scores: dict[int, tuple[int, list[Score]]] = field(default_factory=dict)
 
 
 class Executor(Protocol):

@@ -5,6 +5,7 @@ and may run ahead by a step. Not responsible for decisions, nor for the model's 
 """
 
 import time
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -14,7 +15,8 @@ from diptych.engine.attention import PagedKV, lay_out
 from diptych.engine.executor import Result, Sampling
 from diptych.engine.layouts import kv_layout
 from diptych.engine.sampler import choose
-from diptych.engine.sequence import InOrder, Launch, SequenceTable
+from diptych.engine.scoring import cut, scores
+from diptych.engine.sequence import InOrder, Launch, Piece, SequenceTable
 from diptych.engine.shaping import shaped
 from diptych.errors import ConfigError
 from diptych.policy.messages import Run
@@ -77,17 +79,55 @@ class TorchExecutor:
         begin_s = time.monotonic()
         batch = lay_out(launch.pieces, self._kv)
         sampled = [(piece, last) for piece, last in zip(launch.pieces, batch.last, strict=True) if piece.sample]
-        logits = self.model.logits(batch, [last for _, last in sampled])
+        read = [span for piece, last in zip(launch.pieces, batch.last, strict=True) if (span := _read(piece, last))]
+        keep = [last for _, last in sampled] + [row for span in read for row in span.rows]
+        logits = self.model.logits(batch, keep)
         result = Result()
         if sampled:
-            pieces = [piece for piece, _ in sampled]
-            hows = [piece.sequence.sampling for piece in pieces]
-            histories = [(piece.sequence.tokens, piece.sequence.num_prompt) for piece in pieces]
-            tokens = choose(shaped(logits, hows, histories), hows, [piece.end for piece in pieces])
-            for piece, token in zip(pieces, tokens, strict=True):
-                result.tokens.append((piece.rid, token, piece.sequence.append_sampled(token)))
+            self._sample([piece for piece, _ in sampled], logits[: len(sampled)], result)
+        begin = len(sampled)
+        for span in read:
+            end = begin + len(span.rows)
+            result.prompt_scores[span.rid] = span.first, scores(logits[begin:end], span.ids, span.num_top)
+            begin = end
         result.elapsed_s = time.monotonic() - begin_s
         return result
+
+    def _sample(self, pieces: list[Piece], logits: Tensor, result: Result) -> None:
+        hows = [piece.sequence.sampling for piece in pieces]
+        histories = [(piece.sequence.tokens, piece.sequence.num_prompt) for piece in pieces]
+        tokens = choose(shaped(logits, hows, histories), hows, [piece.end for piece in pieces])
+        asked = [row for row, how in enumerate(hows) if how.logprobs >= 0]
+        if asked:
+            num_top = max(hows[row].logprobs for row in asked)
+            found = scores(logits[asked], [tokens[row] for row in asked], num_top)
+            result.scores = {
+                pieces[row].rid: cut(score, hows[row].logprobs) for row, score in zip(asked, found, strict=True)
+            }
+        for piece, token in zip(pieces, tokens, strict=True):
+            result.tokens.append((piece.rid, token, piece.sequence.append_sampled(token)))
+
+
+@dataclass(frozen=True, slots=True)
+class _Span:
+    """Prompt tokens `ids` from position `first`, whose log-probabilities are wanted, and the rows that say them."""
+
+    rid: int
+    first: int
+    ids: list[int]
+    rows: range
+    num_top: int
+
+
+def _read(piece: Piece, last: int) -> _Span | None:
+    """Which prompt tokens a slice says the probabilities of: each of its tokens those of the one after it."""
+    sequence = piece.sequence
+    first, end = piece.start + 1, min(piece.end + 1, sequence.num_prompt)
+    if sequence.sampling.prompt_logprobs < 0 or first >= end:
+        return None
+    row = last - piece.count + 1
+    rows = range(row, row + end - first)
+    return _Span(piece.rid, first, sequence.tokens[first:end], rows, sequence.sampling.prompt_logprobs)
 
 
 def pages_of(pool: Pool) -> Tensor:

@@ -11,8 +11,8 @@ import logging
 import socket
 import time
 import uuid
-from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
+from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import dataclass, field, replace
 from functools import partial
 from html import escape
 from typing import Any, TypeVar
@@ -28,7 +28,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from diptych import __version__
-from diptych.errors import DiptychError, Overloaded, TooLarge, Unavailable
+from diptych.errors import BadRequest, DiptychError, Overloaded, TooLarge, Unavailable
 from diptych.serve import openai
 from diptych.serve.exchange import Exchange, Order
 from diptych.serve.frontend import Frontend, Job, ModelCard
@@ -78,13 +78,22 @@ class Api:
         openai.check_model(call.model, self.card)
         openai.check_ids(call, self.card)
         prompts = [await self._encode_chat(call)] if chat else await self._encode_prompts(call)
+        jobs = [job for tokens in prompts for job in self._jobs(call, tokens, chat)]
+        if len(jobs) > self.settings.max_prompts:
+            raise BadRequest(f"at most {self.settings.max_prompts} answers in one request", "n")
+        options = call.stream_options or openai.StreamOptions()
         order = Order(
             chat=chat,
-            jobs=[self._job(call, tokens, chat) for tokens in prompts],
+            jobs=jobs,
             stops=openai.stop_strings(call),
             streamed=bool(call.stream),
-            with_usage=bool(call.stream_options and call.stream_options.include_usage),
+            with_usage=bool(options.include_usage),
+            with_usage_always=bool(options.continuous_usage_stats),
             with_timings=bool(call.timings),
+            with_token_ids=bool(call.return_token_ids),
+            num_each=call.n or 1,
+            echoes=tuple(self._echoed(call, prompts)),
+            silent=openai.writes_nothing(call),
             ident=f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}",
             model=call.model or self.card.name,
             created=int(time.time()),
@@ -104,7 +113,8 @@ class Api:
         for prompt in openai.prompts(call, self.settings.max_prompts):
             if isinstance(prompt, str):
                 self._check_size(len(prompt), "prompt")
-                found.append(await _aside(len(prompt), partial(self.text.encode, prompt)))
+                special = call.add_special_tokens is not False
+                found.append(await _aside(len(prompt), partial(self.text.encode, prompt, special)))
             else:
                 found.append(prompt)
         return found
@@ -114,17 +124,27 @@ class Api:
         if num_chars > self.card.max_tokens * max(64, self.text.longest_token):
             raise openai.too_long(f"the prompt has {num_chars} characters", self.card, param)
 
-    def _job(self, call: openai.Call, tokens: list[int], chat: bool) -> Job:
+    def _echoed(self, call: openai.Call, prompts: list[list[int]]) -> Iterator[str]:
+        """The prompts' texts, where they are wanted: as they were given, or of the token ids."""
+        if call.echo:
+            for given, tokens in zip(openai.prompts(call, self.settings.max_prompts), prompts, strict=True):
+                yield given if isinstance(given, str) else self.text.decode(tokens)
+
+    def _jobs(self, call: openai.Call, tokens: list[int], chat: bool) -> list[Job]:
+        """The jobs of one prompt: `n` of them, with a seed each."""
         openai.check_prompt(tokens, self.card)
         root, hashes = prompt_hashes(tokens, self.card, call.cache_salt or "")
-        return Job(
+        sampling = openai.sampling(call, self.card.stop_ids)
+        job = Job(
             tokens=tokens,
-            max_new=openai.max_new(call, len(tokens), self.card, chat),
-            sampling=openai.sampling(call, self.card.stop_ids),
+            max_new=max(1, openai.max_new(call, len(tokens), self.card, chat)),
+            sampling=sampling,
             priority=call.priority or 0,
             root=root,
-            hashes=hashes,
+            # Without hashes no prefix is found, so that every token of the prompt is computed, and has a probability.
+            hashes=() if sampling.prompt_logprobs >= 0 else hashes,
         )
+        return [replace(job, sampling=replace(sampling, seed=(sampling.seed + i) % 2**63)) for i in range(call.n or 1)]
 
     # --- looking in ---
 

@@ -20,7 +20,7 @@ from diptych.serve.build import cluster_card
 from diptych.serve.channel import Channel, call
 from diptych.serve.frontend import Chunk, Job
 from diptych.serve.text import Text
-from diptych.serve.wire import Ask, Deliver, Hello, Report, Submit, Ticket, pack, pack_ids, unpack_ids
+from diptych.serve.wire import Ask, Deliver, Hello, Report, Submit, Ticket, pack, pack_ids, unpack_emit
 
 log = logging.getLogger(__name__)
 
@@ -111,7 +111,10 @@ class RouterFrontend:
         if stream is not None:
             reason = Reason(message.reason) if message.reason else None
             error = (message.status, message.why) if message.status else None
-            stream.put_nowait(Chunk(unpack_ids(attachment), reason, error))
+            tokens, extra = unpack_emit(message.count, attachment)
+            stream.put_nowait(
+                Chunk(tokens, reason, error, extra.cached, scores=extra.scores, prompt_scores=extra.prompt)
+            )
 
     def _lost(self, why: str) -> None:
         """The router is gone: every stream ends with an error, none is left waiting."""

@@ -141,13 +141,15 @@ class RouterDriver:
             self._finished(worker, request, open_, message)
 
     def _emitted(self, worker: str, request: int, open_: Open, message: Emit, ids: bytes | memoryview) -> None:
-        if message.first != open_.num_written or len(ids) != 4 * message.count:
+        num_bytes = 4 * message.count
+        if message.first != open_.num_written or len(ids) < num_bytes:
             self.num_broken += 1
             self._decide(Failed(message.rid, worker, open_.num_written, Reason.REFUSED))
             return
         self.last_token = self._clock()
-        open_.tokens.frombytes(bytes(ids))
-        self._ports.deliver(open_.client, Deliver(request), bytes(ids))
+        attachment = bytes(ids)  # what comes after the ids is for the client alone
+        open_.tokens.frombytes(attachment[:num_bytes])
+        self._ports.deliver(open_.client, Deliver(request, count=message.count), attachment)
         if not open_.began:
             open_.began = True
             self._decide(Progress(message.rid))
