@@ -12,7 +12,7 @@ import socket
 import time
 import uuid
 from collections.abc import Awaitable, Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from html import escape
 from typing import Any, TypeVar
@@ -32,8 +32,11 @@ from diptych.errors import BadRequest, DiptychError, Overloaded, TooLarge, Unava
 from diptych.serve import openai
 from diptych.serve.exchange import Exchange, Order
 from diptych.serve.frontend import Frontend, Job, ModelCard
+from diptych.serve.guard import Guard
 from diptych.serve.metrics import CONTENT_TYPE, Metrics
+from diptych.serve.schema import document
 from diptych.serve.text import Text, prompt_hashes
+from diptych.serve.tokenize import detokenize, tokenize
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -49,6 +52,7 @@ class Settings:
     max_body_bytes: int = 32 * 2**20
     max_prompts: int = 256  # in one completion request
     retry_after_s: int = 1
+    api_key: str | None = None  # what requests must carry; None: nothing
     control_timeout_s: float = 2.0  # how long /health, /workers and /metrics wait for the router
 
 
@@ -60,7 +64,7 @@ class Api:
     text: Text
     card: ModelCard
     settings: Settings
-    metrics: Metrics = field(default_factory=Metrics)
+    metrics: Metrics
 
     # --- generation ---
 
@@ -146,6 +150,20 @@ class Api:
         )
         return [replace(job, sampling=replace(sampling, seed=(sampling.seed + i) % 2**63)) for i in range(call.n or 1)]
 
+    # --- the tokenizer ---
+
+    async def tokenize(self, request: Request) -> Response:
+        """`POST /tokenize`."""
+        return await self._on_text(request, tokenize)
+
+    async def detokenize(self, request: Request) -> Response:
+        """`POST /detokenize`."""
+        return await self._on_text(request, detokenize)
+
+    async def _on_text(self, request: Request, work: Callable[[bytes, Text, ModelCard], Any]) -> Response:
+        body = await _read_body(request, self.settings.max_body_bytes)
+        return _json(await _aside(len(body), partial(work, body, self.text, self.card)))
+
     # --- looking in ---
 
     async def models(self, request: Request) -> Response:
@@ -187,6 +205,10 @@ class Api:
         """`GET /version`."""
         return _json({"version": __version__})
 
+    async def openapi(self, request: Request) -> Response:
+        """`GET /openapi.json`."""
+        return Response(document(), media_type="application/json")
+
     async def page(self, request: Request) -> Response:
         """`GET /`."""
         return HTMLResponse(_page(self.card.name, str(request.base_url)))
@@ -200,21 +222,27 @@ class Api:
 
 def make_app(frontend: Frontend, text: Text, card: ModelCard, settings: Settings | None = None) -> Starlette:
     """The ASGI application."""
-    api = Api(frontend, text, card, settings or Settings())
+    api = Api(frontend, text, card, settings or Settings(), Metrics(card.name))
     routes = [
         Route("/v1/completions", api.completions, methods=["POST"]),
         Route("/v1/chat/completions", api.chat_completions, methods=["POST"]),
+        Route("/tokenize", api.tokenize, methods=["POST"]),
+        Route("/detokenize", api.detokenize, methods=["POST"]),
         Route("/v1/models", api.models),
         Route("/v1/models/{name:path}", api.model),
         Route("/health", api.health),
         Route("/workers", api.workers),
         Route("/metrics", api.expose_metrics),
         Route("/version", api.version),
+        Route("/openapi.json", api.openapi),
         Route("/", api.page),
     ]
     answer = partial(_answer_error, api.settings.retry_after_s)
     handlers: dict[Any, Any] = {DiptychError: answer, HTTPException: _answer_http, ClientDisconnect: _answer_nobody}
-    app = Starlette(routes=routes, middleware=[Middleware(Outermost)], exception_handlers=handlers)
+    around = [Middleware(Outermost)]
+    if api.settings.api_key is not None:
+        around.append(Middleware(Guard, key=api.settings.api_key))
+    app = Starlette(routes=routes, middleware=around, exception_handlers=handlers)
     app.router.redirect_slashes = False  # a redirect has no envelope, and clients drop the body on the way
     app.state.api = api
     return app
@@ -322,7 +350,7 @@ async def _answer_nobody(request: Request, error: ClientDisconnect) -> Response:
 
 
 def _page(model: str, base: str) -> str:
-    links = ("v1/models", "workers", "health", "metrics", "version")
+    links = ("v1/models", "workers", "health", "metrics", "version", "openapi.json")
     items = "".join(f'<li><a href="/{link}">/{link}</a></li>' for link in links)
     body = msgspec.json.encode({"model": model, "messages": [{"role": "user", "content": "Hello"}]}).decode()
     curl = f"curl {base}v1/chat/completions -H 'Content-Type: application/json' -d '{body}'"

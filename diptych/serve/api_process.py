@@ -15,7 +15,7 @@ from diptych.errors import ProtocolError, Unavailable
 from diptych.modelfacts import locate
 from diptych.policy.messages import Cancelled, Reason
 from diptych.serve import process
-from diptych.serve.api import make_app, make_server
+from diptych.serve.api import Settings, make_app, make_server
 from diptych.serve.build import cluster_card
 from diptych.serve.channel import Channel, call
 from diptych.serve.frontend import Chunk, Job
@@ -129,7 +129,9 @@ async def serve(orders: process.Orders) -> None:
     """Serve HTTP until told to stop; then open requests may finish for a few seconds."""
     cluster = orders.cluster
     frontend = RouterFrontend()
-    app = make_app(frontend, Text.load(locate(cluster.folder)), cluster_card(cluster))
+    app = make_app(
+        frontend, Text.load(locate(cluster.folder)), cluster_card(cluster), Settings(api_key=cluster.api_key)
+    )
     await frontend.connect(orders)
     server = make_server(app, cluster.host, cluster.port)
     server.config.timeout_graceful_shutdown = STOP_S

@@ -8,7 +8,7 @@ responsible for replies (`replies.py`), HTTP, tokens or running anything (`api.p
 import random
 import re
 from collections.abc import Callable
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import msgspec
 from msgspec import Meta
@@ -18,6 +18,7 @@ from diptych.errors import BadRequest, DiptychError, NotFound, Overloaded, TooLa
 from diptych.serve.frontend import ModelCard
 
 Prompt = str | list[int]
+T = TypeVar("T")
 
 DEFAULT_COMPLETION_TOKENS = 16
 MAX_STOPS = 16
@@ -85,20 +86,25 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "tool_choice": ("none", "auto"),
 }
 
-_decode_call = msgspec.json.Decoder(Call).decode
+_CALL = msgspec.json.Decoder(Call)
 _encode = msgspec.json.encode
 _PARAM = re.compile(r"\$\.(\w+(?:\[\d+\])*)")
 
 
-def parse(body: bytes, chat: bool) -> Call:
-    """Decode and check a body as far as that needs no model; raises `BadRequest` naming the field."""
+def decoded(decoder: msgspec.json.Decoder[T], body: bytes) -> T:
+    """A body as the decoder's type; raises `BadRequest` naming the field."""
     try:
-        call = _decode_call(body)
+        return decoder.decode(body)
     except msgspec.ValidationError as error:
         where = _PARAM.search(str(error))
         raise BadRequest(f"invalid request: {error}", where.group(1) if where else None) from error
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise BadRequest(f"the request body is not valid JSON: {error}") from error
+
+
+def parse(body: bytes, chat: bool) -> Call:
+    """Decode and check a body as far as that needs no model; raises `BadRequest` naming the field."""
+    call = decoded(_CALL, body)
     needed = "messages" if chat else "prompt"
     if not getattr(call, needed):
         raise BadRequest(f"'{needed}' is required and must not be empty", needed)
@@ -171,12 +177,12 @@ def check_model(name: str | None, card: ModelCard) -> None:
         raise NotFound(f"the model '{name}' does not exist; this server has '{card.name}'", "model", "model_not_found")
 
 
-def check_prompt(tokens: list[int], card: ModelCard) -> None:
+def check_prompt(tokens: list[int], card: ModelCard, param: str = "prompt") -> None:
     """Refuse an empty prompt and ids outside the vocabulary."""
     if not tokens:
-        raise BadRequest("the prompt has no tokens", "prompt")
+        raise BadRequest("the prompt has no tokens", param)
     if min(tokens) < 0 or max(tokens) >= card.vocab_size:
-        raise BadRequest(f"token ids must be from 0 to {card.vocab_size - 1}", "prompt")
+        raise BadRequest(f"token ids must be from 0 to {card.vocab_size - 1}", param)
 
 
 def check_ids(call: Call, card: ModelCard) -> None:
