@@ -125,7 +125,6 @@ REFUSED: list[tuple[str, Any]] = [
     ("min_p", 1.1),
     ("logit_bias", {"word": 1}),
     ("logit_bias", {"5": 101}),
-    ("response_format", {"type": "json_object"}),
     ("tool_choice", "required"),
     ("prompt", None),
     ("prompt", ""),

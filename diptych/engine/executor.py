@@ -33,12 +33,8 @@ class Sampling:
     frequency_penalty: float = 0.0
     logit_bias: tuple[tuple[int, float], ...] = ()  # (token id, what is added to its logit), each id once
     logprobs: int = -1  # report each new token's log-probability, and those of so many most likely ones; -1 is off
+    grammar: str = ""  # what the answer must be, in llguidance's form; "" is anything
     prompt_logprobs: int = -1  # the same for the tokens of the prompt that are computed
-
-    @property
-    def scored(self) -> bool:
-        """Log-probabilities are asked for."""
-        return self.logprobs >= 0 or self.prompt_logprobs >= 0
 
 
 class Score(NamedTuple):

@@ -1,11 +1,11 @@
-"""What is done to logits before a token is chosen: bias and penalties, for all rows of a step at once.
+"""What is done to logits before a token is chosen: bias, penalties, masks, for all rows of a step at once.
 
 Functions of a row's logits, its parameters and its token ids alone, so that a handover, a preemption or a resumption
 changes nothing: both sides have the ids. Rows that ask for nothing are not touched, and a step of such
 rows is not even copied. Not responsible for choosing (`sampler.py`).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -20,22 +20,32 @@ History = tuple[list[int], int]
 _Changes = tuple[NDArray[np.int64], NDArray[np.float32]]
 """What one row wants: token ids, each once, and a number for each."""
 
+_NO_MASKS: Mapping[int, NDArray[np.bool_]] = {}
 _NONE: _Changes = (np.empty(0, np.int64), np.empty(0, np.float32))
 
 
-def shaped(logits: Tensor, sampling: Sequence[Sampling], histories: Sequence[History]) -> Tensor:
-    """Logits [rows, vocab] with bias, then penalties; float32 where anything was done, otherwise what came in.
+def shaped(
+    logits: Tensor,
+    sampling: Sequence[Sampling],
+    histories: Sequence[History],
+    masks: Mapping[int, NDArray[np.bool_]] = _NO_MASKS,
+) -> Tensor:
+    """Logits [rows, vocab] with bias, then penalties, then masks (by row, False is excluded).
+
+    float32 where anything was done, otherwise what came in.
 
     The repetition penalty is that of Keskar et al. (CTRL, 2019) as `transformers` has it: a positive logit of a token
     that occurs in prompt or answer is divided, a negative one multiplied. Presence and frequency are OpenAI's, and
     look at the answer alone.
     """
-    if not any(map(_asks, sampling)):
+    if not masks and not any(map(_asks, sampling)):
         return logits
     out = logits.to(torch.float32, copy=True)
     _apply(out, sampling, histories, _bias, torch.add)
     _apply(out, sampling, histories, _repeated, _penalise)
     _apply(out, sampling, histories, _written, torch.sub)
+    for row, mask in masks.items():
+        out[row].masked_fill_(torch.from_numpy(~mask).to(out.device), float("-inf"))
     return out
 
 

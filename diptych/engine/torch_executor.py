@@ -6,13 +6,17 @@ and may run ahead by a step. Not responsible for decisions, nor for the model's 
 
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from diptych.engine.adapter import Model
 from diptych.engine.attention import PagedKV, lay_out
 from diptych.engine.executor import Result, Sampling
+from diptych.engine.grammar import Grammars
 from diptych.engine.layouts import kv_layout
 from diptych.engine.sampler import choose
 from diptych.engine.scoring import cut, scores
@@ -46,6 +50,7 @@ class TorchExecutor:
         self._kv = PagedKV(pages)
         self._sequences = SequenceTable(pool.layout.block_size)
         self._steps = InOrder(self._compute)
+        self._known_grammars: Grammars | None = None
 
     def admit(self, rid: int, tokens: list[int], num_prompt: int, sampling: Sampling) -> None:
         """Make a sequence known."""
@@ -96,7 +101,8 @@ class TorchExecutor:
     def _sample(self, pieces: list[Piece], logits: Tensor, result: Result) -> None:
         hows = [piece.sequence.sampling for piece in pieces]
         histories = [(piece.sequence.tokens, piece.sequence.num_prompt) for piece in pieces]
-        tokens = choose(shaped(logits, hows, histories), hows, [piece.end for piece in pieces])
+        tokens = choose(shaped(logits, hows, histories, self._masks(pieces)), hows, [piece.end for piece in pieces])
+        # Scores are the model's own, whatever was shaped.
         asked = [row for row, how in enumerate(hows) if how.logprobs >= 0]
         if asked:
             num_top = max(hows[row].logprobs for row in asked)
@@ -106,6 +112,23 @@ class TorchExecutor:
             }
         for piece, token in zip(pieces, tokens, strict=True):
             result.tokens.append((piece.rid, token, piece.sequence.append_sampled(token)))
+
+    def _masks(self, pieces: list[Piece]) -> dict[int, NDArray[np.bool_]]:
+        """What grammars exclude, by row."""
+        masks = {}
+        for row, piece in enumerate(pieces):
+            sequence = piece.sequence
+            if sequence.sampling.grammar:
+                if sequence.matcher is None:
+                    sequence.matcher = self._grammars().matcher(sequence.sampling.grammar)
+                masks[row] = sequence.matcher.allowed(sequence.tokens[sequence.num_prompt :])
+        return masks
+
+    def _grammars(self) -> Grammars:
+        if self._known_grammars is None:
+            facts = self.model.facts
+            self._known_grammars = Grammars(Path(facts.folder), facts.vocab, facts.eos_ids)
+        return self._known_grammars
 
 
 @dataclass(frozen=True, slots=True)

@@ -35,6 +35,7 @@ from diptych.serve.frontend import Frontend, Job, ModelCard
 from diptych.serve.guard import Guard
 from diptych.serve.metrics import CONTENT_TYPE, Metrics
 from diptych.serve.schema import document
+from diptych.serve.structured import grammar_of
 from diptych.serve.text import Text, prompt_hashes
 from diptych.serve.tokenize import detokenize, tokenize
 
@@ -138,7 +139,7 @@ class Api:
         """The jobs of one prompt: `n` of them, with a seed each."""
         openai.check_prompt(tokens, self.card)
         root, hashes = prompt_hashes(tokens, self.card, call.cache_salt or "")
-        sampling = openai.sampling(call, self.card.stop_ids)
+        sampling = replace(openai.sampling(call, self.card.stop_ids), grammar=grammar_of(call, self.card))
         job = Job(
             tokens=tokens,
             max_new=max(1, openai.max_new(call, len(tokens), self.card, chat)),

@@ -28,6 +28,7 @@ class ModelCard:
     layout: str = ""
     aliases: tuple[str, ...] = ()
     created: int = 0
+    structured: bool = False  # the workers can hold an answer to a grammar
 
 
 @dataclass(frozen=True, slots=True)

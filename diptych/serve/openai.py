@@ -68,13 +68,17 @@ class Call(msgspec.Struct, kw_only=True):
     logprobs: bool | Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)] | None = None
     top_logprobs: Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)] | None = None
     add_special_tokens: bool | None = None
+    response_format: dict[str, Any] | None = None
+    structured_outputs: dict[str, Any] | None = None
+    guided_json: str | dict[str, Any] | None = None
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
     return_token_ids: bool | None = None
     timings: bool | None = None  # ours: put the request's waterfall into the reply
     # Known and not supported; the only value let through is the one that changes nothing (see _NEUTRAL).
     best_of: int | None = None
     suffix: str | None = None
     prompt_logprobs: int | None = None
-    response_format: dict[str, Any] | None = None
     tool_choice: str | dict[str, Any] | None = None
 
 
@@ -82,7 +86,6 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "best_of": (1,),
     "suffix": ("",),
     "prompt_logprobs": (),
-    "response_format": ({"type": "text"},),
     "tool_choice": ("none", "auto"),
 }
 
