@@ -19,7 +19,7 @@ install: $(STAMP)  ## make .venv, with every version pinned
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) setuptools torch
-	$(PIP) --no-build-isolation --editable '.[torch,dev]'
+	$(PIP) --no-build-isolation --editable '.[torch,structured,dev]'
 	$(BIN)/python -m diptych.transfer.native || echo "no C++ compiler: KV copies will use numpy, which is slower"
 	@touch $(STAMP)
 

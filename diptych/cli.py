@@ -84,6 +84,7 @@ def _add_serve(commands: Any) -> None:
     parser.add_argument("--host", help="address to listen on (default 127.0.0.1)")
     parser.add_argument("--port", type=int, help="port to listen on (default 8000; 0 picks a free one)")
     parser.add_argument("--journal", metavar="FOLDER", help="keep every event and decision there, for replay")
+    parser.add_argument("--api-key", metavar="KEY", help="what requests must carry (better: set DIPTYCH_API_KEY)")
     parser.set_defaults(command=_serve)
 
 
@@ -91,7 +92,7 @@ def _serve(arguments: argparse.Namespace) -> int:
     from diptych.config import load_cluster, parse_cores
     from diptych.serve.supervisor import Supervisor
 
-    keys = ("model", "engine", "dtype", "host", "port", "journal")
+    keys = ("model", "engine", "dtype", "host", "port", "journal", "api_key")
     flags = _topology(arguments) | {key: getattr(arguments, key) for key in keys}
     flags["cores"] = parse_cores(arguments.cores) if arguments.cores else None
     cluster = load_cluster(arguments.cluster, flags)

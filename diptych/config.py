@@ -29,6 +29,7 @@ from diptych.policy.batching import WorkerSpec
 from diptych.policy.messages import Role
 from diptych.policy.router import RouterSpec
 
+KEY_VARIABLE = "DIPTYCH_API_KEY"  # the one setting the environment may make: a flag would show in process lists
 DEMO = Path(__file__).parent / "demo"
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 1 << 10, "MI": 1 << 20, "GI": 1 << 30}
 
@@ -74,6 +75,7 @@ class Cluster(msgspec.Struct, frozen=True, kw_only=True):
     host: str = "127.0.0.1"
     port: int = 8000
     journal: str | None = None
+    api_key: str | None = None
     router: RouterSpec = RouterSpec()
     paced: PacedModel = PacedModel()
 
@@ -130,6 +132,7 @@ class _File(_Defaults, frozen=True, kw_only=True, forbid_unknown_fields=True):
     host: str = "127.0.0.1"
     port: int = 8000
     journal: str | None = None
+    api_key: str | None = None
     router: _Router = _Router()
     paced: _Paced = _Paced()
 
@@ -141,6 +144,8 @@ def load_cluster(path: Path | None, flags: dict[str, Any]) -> Cluster:
     """
     data: dict[str, Any] = _read(path) if path else {}
     flags = {key: value for key, value in flags.items() if value is not None}
+    if os.environ.get(KEY_VARIABLE):
+        flags.setdefault("api_key", os.environ[KEY_VARIABLE])
     counts = {role: flags.pop(role.value, 0) for role in Role}
     cores = flags.pop("cores", None)
     if any(counts.values()):
@@ -155,6 +160,8 @@ def load_cluster(path: Path | None, flags: dict[str, Any]) -> Cluster:
         raise ConfigError(f"{path or 'flags'}: {error}") from None
     workers = _workers(file, cores)
     _check(workers)
+    if file.api_key == "":
+        raise ConfigError("the API key is empty: leave it out, or give one")
     return Cluster(
         workers=workers,
         model=file.model,
@@ -162,6 +169,7 @@ def load_cluster(path: Path | None, flags: dict[str, Any]) -> Cluster:
         host=file.host,
         port=file.port,
         journal=file.journal,
+        api_key=file.api_key,
         router=RouterSpec(file.router.policy, file.router.max_requests, file.router.disaggregate_above),
         paced=file.paced.model(),
     )

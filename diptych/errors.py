@@ -3,6 +3,7 @@
 DiptychError                    500  something went wrong on our side
 ├── BadRequest                  400  the request cannot be served as it stands; says which parameter
 │   └── NotFound                404  no such model, no such route
+├── Unauthorized                401  the key is missing or wrong
 ├── TooLarge                    413  the body is over the limit
 ├── Overloaded                  429  queues are full; try again later
 ├── Unavailable                 503  no worker can take it now
@@ -41,6 +42,14 @@ class NotFound(BadRequest):
 
     status = 404
     kind = "not_found_error"
+
+
+class Unauthorized(DiptychError):
+    """The request does not carry the server's key."""
+
+    status = 401
+    kind = "authentication_error"
+    code = "invalid_api_key"
 
 
 class TooLarge(DiptychError):

@@ -62,7 +62,7 @@ class LLM:
     def generate(
         self, prompts: Prompt | Sequence[Prompt], max_tokens: int = 64, **sampling: Any
     ) -> Completion | list[Completion]:
-        """Continue one prompt, or several at once. `sampling`: temperature (default 0, greedy), top_k, top_p, seed."""
+        """Continue one prompt, or several at once. `sampling`: temperature (default 0), and all that `Sampling` has."""
         if isinstance(prompts, str) or (prompts and isinstance(prompts[0], int)):
             return self._run([prompts], max_tokens, sampling)[0]  # type: ignore[list-item]
         return self._run(list(prompts), max_tokens, sampling)  # type: ignore[arg-type]

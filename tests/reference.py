@@ -32,19 +32,25 @@ class Reference:
         self.num_ties = 0
 
     @torch.inference_mode()
-    def greedy(self, prompt: list[int], num_new: int, ignore_eos: bool = True) -> Expected:
-        """`num_new` tokens after `prompt` (fewer where an end of sequence counts)."""
+    def greedy(self, prompt: list[int], num_new: int, ignore_eos: bool = True, **how: float) -> Expected:
+        """`num_new` tokens after `prompt` (fewer where an end of sequence counts). `how` goes to `generate()`."""
         out = self._model.generate(
             torch.tensor([prompt]),
             attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
             max_new_tokens=num_new,
             do_sample=False,
-            output_logits=True,
+            output_scores=True,
             return_dict_in_generate=True,
             **({"eos_token_id": None} if ignore_eos else {}),
+            **how,
         )
-        best = [logits[0].float().topk(2).values for logits in out.logits]
+        best = [logits[0].float().topk(2).values for logits in out.scores]
         return Expected(out.sequences[0, len(prompt) :].tolist(), [float(b[0] - b[1]) for b in best])
+
+    @torch.inference_mode()
+    def logprobs(self, tokens: list[int]) -> torch.Tensor:
+        """[tokens, vocab]: at each place, what may come next."""
+        return self._model(torch.tensor([tokens])).logits[0].float().log_softmax(-1)
 
     def check(self, expected: Expected, tokens: list[int], what: str) -> None:
         """Raise AssertionError unless the tokens are the same up to a tie; ties are counted."""

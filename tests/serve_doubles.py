@@ -10,9 +10,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import uvicorn
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from diptych.engine.executor import Score
 from diptych.policy.messages import Reason
 from diptych.serve.api import Settings, make_app, make_server, port_of
 from diptych.serve.frontend import Chunk, Job, ModelCard
@@ -60,6 +62,23 @@ def echo(job: Job) -> Iterator[Chunk]:
         yield Chunk([job.sampling.stop_ids[0]], Reason.STOP, cached=3, record={"prefill": 0.5})
     else:
         yield Chunk(job.tokens[job.max_new - 1 : job.max_new], Reason.LENGTH, cached=3)
+
+
+def score_of(token: int, top: int) -> Score:
+    """What a model that echoes thinks of a token: likely, and `top` others less so."""
+    ids = np.array([token, token, *range(10, 9 + top)][: 1 + top], np.int32)
+    values = np.array([-0.5, -0.5, *[-3.0] * 20][: 1 + top], np.float32)
+    return Score(1, ids.tobytes(), values.tobytes())
+
+
+def scoring_echo(job: Job) -> Iterator[Chunk]:
+    """A model that says its prompt again, and how sure it is."""
+    how = job.sampling
+    prompt = tuple(score_of(t, how.prompt_logprobs) for t in job.tokens[1:]) if how.prompt_logprobs >= 0 else ()
+    for number, token in enumerate(job.tokens[: job.max_new]):
+        scores = (score_of(token, how.logprobs),) if how.logprobs >= 0 else ()
+        yield Chunk([token], scores=scores, prompt_scores=() if number else prompt, cached=16 * (number == 0))
+    yield Chunk([], Reason.LENGTH)
 
 
 def saying(*chunks: Chunk) -> Callable[[Job], Iterable[Chunk]]:

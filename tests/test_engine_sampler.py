@@ -60,6 +60,22 @@ def test_top_p_works_on_what_top_k_left():
     assert filtered(logits, Sampling(temperature=1.0, top_p=0.66)).count_nonzero() == 2
 
 
+@pytest.mark.parametrize("p", [0.05, 0.3, 1.0])
+def test_min_p_is_relative_to_the_most_likely(p):
+    logits = torch.randn(40, generator=torch.Generator().manual_seed(9)) * 2
+    probabilities = (logits.double() / 0.7).softmax(-1)
+    allowed = set((probabilities >= p * probabilities.max() * (1 - 1e-12)).nonzero().flatten().tolist())
+    how = {"temperature": 0.7, "min_p": p}
+    assert set(filtered(logits, Sampling(**how)).nonzero().flatten().tolist()) == allowed
+    assert set(draws(logits, 200, **how)) <= allowed
+
+
+def test_top_p_works_on_what_min_p_left():
+    logits = torch.tensor([3.0, 2.0, 1.0, 0.0]).log_softmax(-1)
+    # Without the last the first has 0.665, so a nucleus of 0.66 is the first alone; of four it has 0.644.
+    assert filtered(logits, Sampling(temperature=1.0, min_p=0.1, top_p=0.66)).count_nonzero() == 1
+
+
 def test_a_row_does_not_know_its_batch():
     generator = torch.Generator().manual_seed(3)
     logits = torch.randn(12, 200, generator=generator)

@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import httpx
 import openai
@@ -75,6 +76,42 @@ def test_completions_with_and_without_streaming_agree(client: openai.OpenAI) -> 
     )
     assert "".join(part.choices[0].text for part in parts) == whole.choices[0].text
     assert whole.usage is not None and whole.usage.completion_tokens <= 20
+
+
+def test_several_answers_compute_their_prompt_once(client: openai.OpenAI) -> None:
+    """Through both pools: the siblings' prompt is found, their seeds differ, and every token has its probability."""
+    notes, asked, _ = question(77)
+    body: Any = {"model": "diptych-demo", "prompt": f"{notes} {asked}", "max_tokens": 8, "temperature": 1, "seed": 5}
+    one = client.completions.create(**body, n=1, logprobs=2)
+    three = client.completions.create(**body, n=3, logprobs=2, extra_body={"ignore_eos": True})
+    assert [choice.index for choice in three.choices] == [0, 1, 2]
+    assert len({choice.text for choice in three.choices}) > 1
+    assert three.usage.prompt_tokens == one.usage.prompt_tokens
+    assert three.usage.prompt_tokens_details.cached_tokens >= one.usage.prompt_tokens - 16
+    assert one.choices[0].text == three.choices[0].text[: len(one.choices[0].text)]
+    for choice in three.choices:
+        assert len(choice.logprobs.tokens) == len(choice.logprobs.token_logprobs) == 8
+        assert all(value <= 0 for value in choice.logprobs.token_logprobs)
+
+
+def test_an_echoed_prompt_is_scored_by_whoever_computes_it(client: openai.OpenAI, cluster: Supervisor) -> None:
+    """Twice the same: a cached prefix must not swallow probabilities."""
+    text = " ".join(["The fox ran over the hill."] * 30)
+    body: Any = {"model": "diptych-demo", "prompt": text, "max_tokens": 1, "logprobs": 1, "echo": True}
+    first, again = (client.completions.create(**body, temperature=0).choices[0] for _ in range(2))
+    assert first.text.startswith(text)
+    values = first.logprobs.token_logprobs
+    assert values[0] is None and len(values) == 1 + len(Text.load(Path(DEMO)).encode(text))
+    assert again.logprobs.token_logprobs[1:] == pytest.approx(values[1:], abs=1e-4)
+
+
+def test_an_answer_keeps_to_its_grammar(client: openai.OpenAI) -> None:
+    pytest.importorskip("llguidance")
+    body: Any = {"model": "diptych-demo", "messages": [{"role": "user", "content": "Is a fox an animal?"}]}
+    for seed in range(3):
+        reply = client.chat.completions.create(**body, seed=seed, extra_body={"guided_choice": ["yes", "no", "né"]})
+        assert reply.choices[0].message.content in ("yes", "no", "né")
+        assert reply.choices[0].finish_reason == "stop"
 
 
 def test_live_tokens_equal_generate(cluster: Supervisor) -> None:

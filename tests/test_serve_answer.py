@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from serve_doubles import byte_level_tokenizer
 
-from diptych.engine.executor import Sampling
+from diptych.engine.executor import Sampling, Score
 from diptych.errors import DiptychError, Overloaded, Unavailable
 from diptych.policy.messages import Reason
 from diptych.serve.answer import Answer, StopStrings
@@ -69,6 +69,37 @@ def test_a_stop_token_that_is_a_word_is_not_shown() -> None:
     made = Answer(TEXT, Job([1], 100, Sampling(stop_ids=(word,))))
     assert made.feed(Chunk([*TEXT.encode("ab"), word], Reason.STOP)) == "ab"
     assert made.finish == "stop"
+
+
+def test_a_stop_token_is_not_shown_where_the_end_is_told_later() -> None:
+    """As it is live: the token comes first, and that it ended the answer with the next message."""
+    word = TEXT.encode("q")[0]
+    made = Answer(TEXT, Job([1], 100, Sampling(stop_ids=(word,))))
+    assert made.feed(Chunk([*TEXT.encode("ab"), word])) == "ab"
+    assert made.feed(Chunk([], Reason.STOP)) == ""
+    assert made.num_tokens == len(TEXT.encode("ab")) + 1
+
+
+def test_a_stop_token_before_min_tokens_is_part_of_the_text() -> None:
+    word = TEXT.encode("q")[0]
+    made = Answer(TEXT, Job([1], 100, Sampling(stop_ids=(word,), min_new=2)))
+    assert made.feed(Chunk([word])) == "q"
+    assert made.feed(Chunk([word])) == ""
+
+
+def test_every_token_is_taken_once_with_its_score() -> None:
+    made = answer(["x"])
+    ids = TEXT.encode("a") + TEXT.encode("x") + TEXT.encode("b")
+    scores = tuple(Score(n, b"", b"") for n in range(3))
+    assert made.feed(Chunk(ids, scores=scores)) == "a"
+    assert (made.taken, made.scores) == (ids[:2], scores[:2])
+
+
+def test_a_silent_answer_says_nothing() -> None:
+    made = Answer(TEXT, Job([1], 1, Sampling()), silent=True)
+    assert made.feed(Chunk(TEXT.encode("a"))) == ""
+    assert made.feed(Chunk([], Reason.LENGTH)) == ""
+    assert (made.num_tokens, made.taken, made.finish) == (0, [], "length")
 
 
 def test_the_end_by_length_shows_what_was_held_back() -> None:

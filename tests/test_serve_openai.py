@@ -7,7 +7,7 @@ import msgspec
 import pytest
 
 from diptych.errors import BadRequest, NotFound, Overloaded
-from diptych.serve import openai
+from diptych.serve import openai, replies
 from diptych.serve.frontend import ModelCard
 
 CARD = ModelCard("tiny", max_tokens=100, vocab_size=50, block_size=16, stop_ids=(2,), aliases=("small",))
@@ -42,6 +42,16 @@ def test_parameters_arrive() -> None:
     assert chosen.stop_ids == (2, 9)
     assert openai.sampling(completion(ignore_eos=True, stop_token_ids=[9]), CARD.stop_ids).stop_ids == (9,)
     assert openai.max_new(completion(max_tokens=3, max_completion_tokens=4), 1, CARD, True) == 4
+
+
+def test_penalties_arrive() -> None:
+    given = {"min_p": 0.1, "repetition_penalty": 1.2, "presence_penalty": -1, "frequency_penalty": 0.5}
+    chosen = openai.sampling(completion(**given, logit_bias={"7": 2, "3": -100}), ())
+    assert {name: getattr(chosen, name) for name in given} == given
+    assert chosen.logit_bias == ((3, -100.0), (7, 2.0))
+    plain = openai.sampling(completion(), ())
+    assert (plain.min_p, plain.repetition_penalty, plain.presence_penalty, plain.frequency_penalty) == (0, 1, 0, 0)
+    assert plain.logit_bias == ()
 
 
 def test_stop_is_a_string_or_a_list() -> None:
@@ -98,19 +108,23 @@ REFUSED: list[tuple[str, Any]] = [
     ("stream_options", {"include_usage": True}),
     ("model", 5),
     ("ignore_eos", 1),
-    ("n", 2),
+    ("n", 129),
     ("n", 0),
     ("best_of", 3),
-    ("echo", True),
+    ("echo", 1),
     ("suffix", "x"),
     ("logprobs", True),
-    ("logprobs", 0),
-    ("logprobs", 5),
+    ("logprobs", -1),
+    ("logprobs", 21),
     ("top_logprobs", 3),
-    ("frequency_penalty", 0.5),
-    ("presence_penalty", -1),
-    ("logit_bias", {"5": 1}),
-    ("response_format", {"type": "json_object"}),
+    ("prompt_logprobs", 1),
+    ("frequency_penalty", 2.5),
+    ("presence_penalty", -2.1),
+    ("repetition_penalty", 0),
+    ("min_p", -0.1),
+    ("min_p", 1.1),
+    ("logit_bias", {"word": 1}),
+    ("logit_bias", {"5": 101}),
     ("tool_choice", "required"),
     ("prompt", None),
     ("prompt", ""),
@@ -173,10 +187,11 @@ def test_prompts_of_wrong_ids(tokens: list[int]) -> None:
 
 
 @pytest.mark.parametrize("tokens", [[-1], [50]])
-def test_stop_ids_outside_the_vocabulary(tokens: list[int]) -> None:
-    with pytest.raises(BadRequest) as caught:
-        openai.check_stop_ids(completion(stop_token_ids=tokens), CARD)
-    assert caught.value.param == "stop_token_ids"
+def test_ids_outside_the_vocabulary(tokens: list[int]) -> None:
+    for name, value in (("stop_token_ids", tokens), ("logit_bias", {str(token): 1 for token in tokens})):
+        with pytest.raises(BadRequest) as caught:
+            openai.check_ids(completion(**{name: value}), CARD)
+        assert caught.value.param == name
 
 
 @pytest.mark.parametrize(("num_prompt", "asked"), [(100, None), (101, 1), (90, 11)])
@@ -202,8 +217,8 @@ def event(frame: bytes) -> dict[str, Any]:
 @pytest.mark.parametrize("chat", [True, False])
 @pytest.mark.parametrize("with_usage", [True, False])
 def test_events(chat: bool, with_usage: bool) -> None:
-    head = openai.head(chat, True, "id-1", 7, 'na"me')
-    frames = openai.Frames(chat, head, 3, with_usage)
+    head = replies.head(chat, True, "id-1", 7, 'na"me')
+    frames = replies.Frames(chat, head, 3, with_usage)
     said = event(frames.text('line\n"é🦊"\u2028'))
     assert said | {"choices": [], "usage": None} == head | {"choices": [], "usage": None}
     assert ("usage" in said) == with_usage

@@ -6,6 +6,7 @@ Whole clusters in one process (`LocalCluster`), eight requests at a time, agains
 import random
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from checkpoints import ARCHITECTURES, make_checkpoint
@@ -112,6 +113,98 @@ def test_sampling_does_not_depend_on_the_way(case: Case) -> None:
         cluster.close()
     assert outcomes[0] == outcomes[1]
     assert outcomes[0] != [expected.tokens[:16] for expected in case.expected]
+
+
+@pytest.mark.parametrize("name", ["unified", "chunked-100", "disaggregated-32"])
+def test_a_repetition_penalty_is_that_of_generate(case: Case, name: str) -> None:
+    prompts = case.prompts[:7]
+    cluster = case.cluster(**TOPOLOGIES[name])
+    answers = [cluster.submit(prompt, 32, Sampling(repetition_penalty=1.3)) for prompt in prompts]
+    cluster.run_until(answers)
+    for prompt, answer in zip(prompts, answers, strict=True):
+        expected = case.reference.greedy(prompt, 32, repetition_penalty=1.3)
+        case.reference.check(expected, answer.tokens, f"{name}, {len(prompt)} prompt tokens, penalised")
+    plain = [expected.tokens[:32] for expected in case.expected[:7]]
+    assert [answer.tokens for answer in answers] != plain
+    cluster.close()
+
+
+def test_penalties_survive_handover_and_preemption(case: Case) -> None:
+    """Bias, penalties and min-p with a seed: the same tokens in every mode, and where memory was lost on the way."""
+    outcomes = []
+    tight = 50 * 16 * 3 * 2 * 2 * 16 * 4
+    for flags in (
+        {"mixed": 1, "chunk": "off"},
+        {"mixed": 1, "chunk": 64, "kv_memory": tight},
+        {"prefill": 1, "decode": 1, "chunk": 64, "depth": 2},
+    ):
+        cluster = case.cluster(**flags)
+        answers = [cluster.submit(prompt, NUM_NEW, spiced(seed)) for seed, prompt in enumerate(case.prompts)]
+        cluster.run_until(answers)
+        outcomes.append([answer.tokens for answer in answers])
+        if flags.get("kv_memory"):
+            assert sum(driver.policy.num_preempted for driver in cluster.workers.values()) > 0
+        cluster.close()
+    assert outcomes[0] == outcomes[1] == outcomes[2]
+
+
+def spiced(seed: int) -> Sampling:
+    """Everything at once, in other strengths for each seed."""
+    return Sampling(
+        temperature=0.5 + 0.1 * seed,
+        seed=seed,
+        min_p=0.02,
+        repetition_penalty=1.0 + 0.05 * seed,
+        presence_penalty=0.2,
+        frequency_penalty=0.1 * (seed % 3),
+        logit_bias=((seed + 5, 2.0), (seed + 9, -3.0)),
+    )
+
+
+SCORED = {
+    "unified": {"mixed": 1, "chunk": "off"},
+    "chunked": {"mixed": 1, "chunk": 32},
+    "disaggregated": {"prefill": 1, "decode": 1, "chunk": 100},
+    "preempted": {"mixed": 1, "chunk": 64, "kv_memory": 50 * 16 * 3 * 2 * 2 * 16 * 4},
+}
+
+
+@pytest.mark.parametrize("name", SCORED)
+def test_logprobs_are_those_of_the_whole_forward(case: Case, name: str) -> None:
+    """Of every prompt token but the first and every written one, whoever computed it and however it was cut."""
+    cluster = case.cluster(**SCORED[name])
+    how = Sampling(logprobs=3, prompt_logprobs=1)
+    answers = [cluster.submit(prompt, NUM_NEW, how, find=False) for prompt in case.prompts]
+    cluster.run_until(answers)
+    if name == "preempted":
+        assert sum(driver.policy.num_preempted for driver in cluster.workers.values()) > 0
+    for prompt, answer in zip(case.prompts, answers, strict=True):
+        tokens = prompt + answer.tokens
+        expected = case.reference.logprobs(tokens)
+        scores = [*answer.prompt_scores, *answer.scores]
+        assert len(scores) == len(tokens) - 1
+        for place, score in enumerate(scores, start=1):
+            ids = np.frombuffer(score.ids, np.int32)
+            num_top = 1 if place < len(prompt) else 3
+            assert (ids[0], len(ids)) == (tokens[place], 1 + num_top)
+            theirs = expected[place - 1][torch.from_numpy(ids.astype(np.int64))]
+            assert np.frombuffer(score.values, np.float32) == pytest.approx(theirs.numpy(), abs=2e-4)
+            if num_top == 3:
+                assert score.rank == 1
+    cluster.close()
+
+
+@pytest.mark.parametrize("name", ["unified", "disaggregated"])
+def test_the_prompt_tokens_that_were_found_are_counted(case: Case, name: str) -> None:
+    prompt = case.prompts[-1]
+    cluster = case.cluster(**TOPOLOGIES[name])
+    first, again = cluster.submit(prompt, 4, Sampling()), None
+    cluster.run_until([first])
+    again = cluster.submit(prompt, 4, Sampling())
+    cluster.run_until([again])
+    assert first.cached == 0
+    assert again.cached == (len(prompt) - 1) // 16 * 16
+    cluster.close()
 
 
 def test_a_stop_token_ends_the_answer_in_every_mode(case: Case) -> None:

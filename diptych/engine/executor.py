@@ -6,7 +6,7 @@ decides nothing, and never sees a request's history beyond its tokens.
 """
 
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from diptych.policy.messages import Run
 from diptych.transfer.pool import Pool
@@ -14,10 +14,11 @@ from diptych.transfer.pool import Pool
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How to choose a sequence's next token. A function of these, the seed, the position and the logits only.
+    """How to choose a sequence's next token. A function of these, the seed, the position, the tokens and the logits.
 
-    temperature 0 is greedy. `top_k` 0 and `top_p` 1.0 are off. `stop_ids` end the sequence unless fewer
+    temperature 0 is greedy. `top_k` 0, `top_p` 1.0, `min_p` 0.0 are off. `stop_ids` end the sequence unless fewer
     than `min_new` tokens were written; the executor reports such an end, the policy knows `max_new`.
+    `repetition_penalty` (1.0 is off) looks at prompt and answer, the other two (0.0 is off) at the answer alone.
     """
 
     temperature: float = 0.0
@@ -26,14 +27,39 @@ class Sampling:
     seed: int = 0
     stop_ids: tuple[int, ...] = ()
     min_new: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()  # (token id, what is added to its logit), each id once
+    logprobs: int = -1  # report each new token's log-probability, and those of so many most likely ones; -1 is off
+    grammar: str = ""  # what the answer must be, in llguidance's form; "" is anything
+    prompt_logprobs: int = -1  # the same for the tokens of the prompt that are computed
+
+
+class Score(NamedTuple):
+    """Log-probabilities at one place of a text: of the token that is there (first), then of the most likely ones.
+
+    As the model gave them, before temperature, penalties or any other shaping. `rank` 1: there was none more likely.
+    """
+
+    rank: int
+    ids: bytes  # int32
+    values: bytes  # float32, one for each id
 
 
 @dataclass(slots=True)
 class Result:
-    """What a step yielded: for each slice with `sample`, in order, (rid, token, ended by a stop id)."""
+    """What a step yielded: for each slice with `sample`, in order, (rid, token, ended by a stop id).
+
+    `scores`: by rid, of the token just sampled, where asked for. `prompt_scores`: by rid, of prompt tokens, with the
+    position of the first of them.
+    """
 
     tokens: list[tuple[int, int, bool]] = field(default_factory=list)
     elapsed_s: float = 0.0
+    scores: dict[int, Score] = field(default_factory=dict)
+    prompt_scores: dict[int, tuple[int, list[Score]]] = field(default_factory=dict)
 
 
 class Executor(Protocol):

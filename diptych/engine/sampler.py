@@ -1,10 +1,11 @@
-"""From logits to a token: greedy, temperature, top-k, top-p.
+"""From logits to a token: greedy, temperature, min-p, top-k, top-p.
 
-The token is a function of one row of logits, the parameters, the seed and the position, and of nothing else: not of
-the batch, the step, or how often anyone asked. So a sequence that resumes elsewhere goes on as it would have.
-Not responsible for penalties, structured output or log-probabilities.
+The token is a function of one row of logits, the parameters, the seed, the position and the tokens before it, and of
+nothing else: not of the batch, the step, or how often anyone asked. So a sequence that resumes elsewhere goes on as
+it would have. Not responsible for what is done to logits before (`shaping.py`).
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -31,7 +32,7 @@ def _splitmix64(x: int) -> int:
 
 
 def choose(logits: Tensor, sampling: Sequence[Sampling], positions: Sequence[int]) -> list[int]:
-    """The next token of each row. logits [rows, vocab]; positions are those the new tokens will have."""
+    """The next token of each row. logits [rows, vocab], shaped; positions are those the new tokens will have."""
     tokens: list[int] = logits.argmax(-1).tolist()
     for row, how in enumerate(sampling):
         if how.temperature > 0:
@@ -40,12 +41,16 @@ def choose(logits: Tensor, sampling: Sequence[Sampling], positions: Sequence[int
 
 
 def filtered(row: Tensor, how: Sampling) -> Tensor:
-    """Probabilities [vocab], float64, zero where top-k or top-p exclude a token; not renormalised.
+    """Probabilities [vocab], float64, zero where min-p, top-k or top-p exclude a token; not renormalised.
 
-    Top-k keeps every token that ties with the k-th. Top-p (Holtzman et al., "The curious case of neural text
-    degeneration", ICLR 2020) keeps the fewest of the most likely tokens that together reach p; ties go to lower ids.
+    Min-p (Nguyen et al., "Turning up the heat", ICLR 2025) keeps what is at least min_p times as likely as the most
+    likely token; it comes first, as in vLLM. Top-k keeps every token that ties with the k-th. Top-p (Holtzman et al.,
+    "The curious case of neural text degeneration", ICLR 2020) keeps the fewest of the most likely tokens that
+    together reach p; ties go to lower ids.
     """
     scaled = row.double() / how.temperature
+    if how.min_p > 0:
+        scaled = scaled.masked_fill(scaled < scaled.max() + math.log(how.min_p), float("-inf"))
     if 0 < how.top_k < len(row):
         scaled = scaled.masked_fill(scaled < scaled.topk(how.top_k).values[-1], float("-inf"))
     probabilities = scaled.softmax(-1)

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from diptych.engine.executor import Result, Sampling
+from diptych.engine.grammar import Matcher
 from diptych.policy.messages import Run, Slice
 
 
@@ -51,6 +52,7 @@ class Sequence:
     sampling: Sampling
     table: BlockTable = field(default_factory=BlockTable)
     num_computed: int = 0
+    matcher: Matcher | None = None  # where its answer stands in its grammar; made when it is first asked
 
     def append_sampled(self, token: int) -> bool:
         """Take a sampled token; True where it ends the sequence (a stop id, and `min_new` tokens were written)."""

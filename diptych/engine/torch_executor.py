@@ -5,16 +5,23 @@ and may run ahead by a step. Not responsible for decisions, nor for the model's 
 """
 
 import time
+from dataclasses import dataclass
+from pathlib import Path
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from diptych.engine.adapter import Model
 from diptych.engine.attention import PagedKV, lay_out
 from diptych.engine.executor import Result, Sampling
+from diptych.engine.grammar import Grammars
 from diptych.engine.layouts import kv_layout
 from diptych.engine.sampler import choose
-from diptych.engine.sequence import InOrder, Launch, SequenceTable
+from diptych.engine.scoring import cut, scores
+from diptych.engine.sequence import InOrder, Launch, Piece, SequenceTable
+from diptych.engine.shaping import shaped
 from diptych.errors import ConfigError
 from diptych.policy.messages import Run
 from diptych.transfer.pool import Pool
@@ -43,6 +50,7 @@ class TorchExecutor:
         self._kv = PagedKV(pages)
         self._sequences = SequenceTable(pool.layout.block_size)
         self._steps = InOrder(self._compute)
+        self._known_grammars: Grammars | None = None
 
     def admit(self, rid: int, tokens: list[int], num_prompt: int, sampling: Sampling) -> None:
         """Make a sequence known."""
@@ -76,15 +84,73 @@ class TorchExecutor:
         begin_s = time.monotonic()
         batch = lay_out(launch.pieces, self._kv)
         sampled = [(piece, last) for piece, last in zip(launch.pieces, batch.last, strict=True) if piece.sample]
-        logits = self.model.logits(batch, [last for _, last in sampled])
+        read = [span for piece, last in zip(launch.pieces, batch.last, strict=True) if (span := _read(piece, last))]
+        keep = [last for _, last in sampled] + [row for span in read for row in span.rows]
+        logits = self.model.logits(batch, keep)
         result = Result()
         if sampled:
-            pieces = [piece for piece, _ in sampled]
-            tokens = choose(logits, [p.sequence.sampling for p in pieces], [p.end for p in pieces])
-            for piece, token in zip(pieces, tokens, strict=True):
-                result.tokens.append((piece.rid, token, piece.sequence.append_sampled(token)))
+            self._sample([piece for piece, _ in sampled], logits[: len(sampled)], result)
+        begin = len(sampled)
+        for span in read:
+            end = begin + len(span.rows)
+            result.prompt_scores[span.rid] = span.first, scores(logits[begin:end], span.ids, span.num_top)
+            begin = end
         result.elapsed_s = time.monotonic() - begin_s
         return result
+
+    def _sample(self, pieces: list[Piece], logits: Tensor, result: Result) -> None:
+        hows = [piece.sequence.sampling for piece in pieces]
+        histories = [(piece.sequence.tokens, piece.sequence.num_prompt) for piece in pieces]
+        tokens = choose(shaped(logits, hows, histories, self._masks(pieces)), hows, [piece.end for piece in pieces])
+        # Scores are the model's own, whatever was shaped.
+        asked = [row for row, how in enumerate(hows) if how.logprobs >= 0]
+        if asked:
+            num_top = max(hows[row].logprobs for row in asked)
+            found = scores(logits[asked], [tokens[row] for row in asked], num_top)
+            result.scores = {
+                pieces[row].rid: cut(score, hows[row].logprobs) for row, score in zip(asked, found, strict=True)
+            }
+        for piece, token in zip(pieces, tokens, strict=True):
+            result.tokens.append((piece.rid, token, piece.sequence.append_sampled(token)))
+
+    def _masks(self, pieces: list[Piece]) -> dict[int, NDArray[np.bool_]]:
+        """What grammars exclude, by row."""
+        masks = {}
+        for row, piece in enumerate(pieces):
+            sequence = piece.sequence
+            if sequence.sampling.grammar:
+                if sequence.matcher is None:
+                    sequence.matcher = self._grammars().matcher(sequence.sampling.grammar)
+                masks[row] = sequence.matcher.allowed(sequence.tokens[sequence.num_prompt :])
+        return masks
+
+    def _grammars(self) -> Grammars:
+        if self._known_grammars is None:
+            facts = self.model.facts
+            self._known_grammars = Grammars(Path(facts.folder), facts.vocab, facts.eos_ids)
+        return self._known_grammars
+
+
+@dataclass(frozen=True, slots=True)
+class _Span:
+    """Prompt tokens `ids` from position `first`, whose log-probabilities are wanted, and the rows that say them."""
+
+    rid: int
+    first: int
+    ids: list[int]
+    rows: range
+    num_top: int
+
+
+def _read(piece: Piece, last: int) -> _Span | None:
+    """Which prompt tokens a slice says the probabilities of: each of its tokens those of the one after it."""
+    sequence = piece.sequence
+    first, end = piece.start + 1, min(piece.end + 1, sequence.num_prompt)
+    if sequence.sampling.prompt_logprobs < 0 or first >= end:
+        return None
+    row = last - piece.count + 1
+    rows = range(row, row + end - first)
+    return _Span(piece.rid, first, sequence.tokens[first:end], rows, sequence.sampling.prompt_logprobs)
 
 
 def pages_of(pool: Pool) -> Tensor:

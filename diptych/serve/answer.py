@@ -7,6 +7,7 @@ from nor for how text is framed (`exchange.py`, `openai.py`).
 from collections.abc import Sequence
 from typing import Any
 
+from diptych.engine.executor import Score
 from diptych.errors import Unavailable
 from diptych.policy.messages import Reason
 from diptych.serve.frontend import Chunk, Job
@@ -55,15 +56,24 @@ class Answer:
     """The state of one answer. `finish` is OpenAI's finish reason once there is one.
 
     `ended` says that the router has spoken its last word on it: before that, leaving it means cancelling it.
+    `taken` and `scores` are the tokens that the last chunk added, also those that are no text (yet). A `silent` answer
+    shows nothing: its prompt was all that was asked for.
     """
 
-    __slots__ = ("_detokenizer", "_min_new", "_stop_ids", "_stops", "cached", "ended", "finish", "num_tokens", "record")
+    __slots__ = (
+        "_detokenizer", "_min_new", "_silent", "_stop_ids", "_stops",
+        "cached", "ended", "finish", "num_tokens", "prompt_scores", "record", "scores", "taken",
+    )  # fmt: skip
 
-    def __init__(self, text: Text, job: Job, stops: Sequence[str] = ()):
+    def __init__(self, text: Text, job: Job, stops: Sequence[str] = (), silent: bool = False):
         self._detokenizer = Detokenizer(text)
         self._stops = StopStrings(stops) if stops else None
         self._stop_ids = job.sampling.stop_ids
         self._min_new = job.sampling.min_new
+        self._silent = silent
+        self.taken: list[int] = []
+        self.scores: Sequence[Score] = ()
+        self.prompt_scores: Sequence[Score] = ()
         self.num_tokens = 0
         self.cached = 0
         self.finish: str | None = None
@@ -73,40 +83,39 @@ class Answer:
     def feed(self, chunk: Chunk) -> str:
         """Take in a chunk; returns the text it adds. Raises what the router says instead of an answer."""
         self.cached = max(self.cached, chunk.cached)
+        self.prompt_scores = self.prompt_scores or chunk.prompt_scores
+        self.taken, self.scores = [], ()
         reason = chunk.reason
         if chunk.error is not None:
             self.ended = True
             raise rejection(*chunk.error)
         if reason is None:
-            return self._take(chunk.tokens)
+            return self._take(chunk)
         self.ended = True
         self.record = chunk.record
         if reason is not Reason.STOP and reason is not Reason.LENGTH:
             raise Unavailable(f"the request did not finish: {reason.value}")
-        return self._take_last(chunk.tokens, reason)
-
-    def _take_last(self, tokens: list[int], reason: Reason) -> str:
-        ended_by_token = reason is Reason.STOP and tokens and tokens[-1] in self._stop_ids
-        text = self._take(tokens[:-1] if ended_by_token else tokens)
+        text = self._take(chunk)
         if self.finish is None:
-            self.num_tokens += bool(ended_by_token)  # it was written, and is not part of the text
-            rest = self._filter(self._detokenizer.flush())
-            text += rest
+            text += self._filter(self._detokenizer.flush())
             if self.finish is None:
                 text += self._stops.flush() if self._stops else ""
                 self.finish = reason.value
-        return text
+        return "" if self._silent else text
 
-    def _take(self, tokens: list[int]) -> str:
-        if self._stops is None:
-            self.num_tokens += len(tokens)
-            return self._detokenizer.push(tokens)
+    def _take(self, chunk: Chunk) -> str:
+        if self._silent:
+            return ""
         text = ""
-        for token in tokens:  # one by one: what was written after the stop string does not count
+        for token in chunk.tokens:  # one by one: what was written after the stop string does not count
             self.num_tokens += 1
+            self.taken.append(token)
+            if token in self._stop_ids and self.num_tokens >= self._min_new:
+                break  # it ended the answer on the worker too: written, and not part of the text
             text += self._filter(self._detokenizer.push((token,)))
             if self.finish is not None:
                 break
+        self.scores = chunk.scores[: len(self.taken)]
         return text
 
     def _filter(self, text: str) -> str:

@@ -11,8 +11,8 @@ import logging
 import socket
 import time
 import uuid
-from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
+from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import dataclass, replace
 from functools import partial
 from html import escape
 from typing import Any, TypeVar
@@ -28,12 +28,16 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from diptych import __version__
-from diptych.errors import DiptychError, Overloaded, TooLarge, Unavailable
+from diptych.errors import BadRequest, DiptychError, Overloaded, TooLarge, Unavailable
 from diptych.serve import openai
 from diptych.serve.exchange import Exchange, Order
 from diptych.serve.frontend import Frontend, Job, ModelCard
+from diptych.serve.guard import Guard
 from diptych.serve.metrics import CONTENT_TYPE, Metrics
+from diptych.serve.schema import document
+from diptych.serve.structured import grammar_of
 from diptych.serve.text import Text, prompt_hashes
+from diptych.serve.tokenize import detokenize, tokenize
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -49,6 +53,7 @@ class Settings:
     max_body_bytes: int = 32 * 2**20
     max_prompts: int = 256  # in one completion request
     retry_after_s: int = 1
+    api_key: str | None = None  # what requests must carry; None: nothing
     control_timeout_s: float = 2.0  # how long /health, /workers and /metrics wait for the router
 
 
@@ -60,7 +65,7 @@ class Api:
     text: Text
     card: ModelCard
     settings: Settings
-    metrics: Metrics = field(default_factory=Metrics)
+    metrics: Metrics
 
     # --- generation ---
 
@@ -76,15 +81,24 @@ class Api:
         arrived = time.perf_counter()
         call = openai.parse(await _read_body(request, self.settings.max_body_bytes), chat)
         openai.check_model(call.model, self.card)
-        openai.check_stop_ids(call, self.card)
+        openai.check_ids(call, self.card)
         prompts = [await self._encode_chat(call)] if chat else await self._encode_prompts(call)
+        jobs = [job for tokens in prompts for job in self._jobs(call, tokens, chat)]
+        if len(jobs) > self.settings.max_prompts:
+            raise BadRequest(f"at most {self.settings.max_prompts} answers in one request", "n")
+        options = call.stream_options or openai.StreamOptions()
         order = Order(
             chat=chat,
-            jobs=[self._job(call, tokens, chat) for tokens in prompts],
+            jobs=jobs,
             stops=openai.stop_strings(call),
             streamed=bool(call.stream),
-            with_usage=bool(call.stream_options and call.stream_options.include_usage),
+            with_usage=bool(options.include_usage),
+            with_usage_always=bool(options.continuous_usage_stats),
             with_timings=bool(call.timings),
+            with_token_ids=bool(call.return_token_ids),
+            num_each=call.n or 1,
+            echoes=tuple(self._echoed(call, prompts)),
+            silent=openai.writes_nothing(call),
             ident=f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}",
             model=call.model or self.card.name,
             created=int(time.time()),
@@ -104,7 +118,8 @@ class Api:
         for prompt in openai.prompts(call, self.settings.max_prompts):
             if isinstance(prompt, str):
                 self._check_size(len(prompt), "prompt")
-                found.append(await _aside(len(prompt), partial(self.text.encode, prompt)))
+                special = call.add_special_tokens is not False
+                found.append(await _aside(len(prompt), partial(self.text.encode, prompt, special)))
             else:
                 found.append(prompt)
         return found
@@ -114,17 +129,41 @@ class Api:
         if num_chars > self.card.max_tokens * max(64, self.text.longest_token):
             raise openai.too_long(f"the prompt has {num_chars} characters", self.card, param)
 
-    def _job(self, call: openai.Call, tokens: list[int], chat: bool) -> Job:
+    def _echoed(self, call: openai.Call, prompts: list[list[int]]) -> Iterator[str]:
+        """The prompts' texts, where they are wanted: as they were given, or of the token ids."""
+        if call.echo:
+            for given, tokens in zip(openai.prompts(call, self.settings.max_prompts), prompts, strict=True):
+                yield given if isinstance(given, str) else self.text.decode(tokens)
+
+    def _jobs(self, call: openai.Call, tokens: list[int], chat: bool) -> list[Job]:
+        """The jobs of one prompt: `n` of them, with a seed each."""
         openai.check_prompt(tokens, self.card)
         root, hashes = prompt_hashes(tokens, self.card, call.cache_salt or "")
-        return Job(
+        sampling = replace(openai.sampling(call, self.card.stop_ids), grammar=grammar_of(call, self.card))
+        job = Job(
             tokens=tokens,
-            max_new=openai.max_new(call, len(tokens), self.card, chat),
-            sampling=openai.sampling(call, self.card.stop_ids),
+            max_new=max(1, openai.max_new(call, len(tokens), self.card, chat)),
+            sampling=sampling,
             priority=call.priority or 0,
             root=root,
-            hashes=hashes,
+            # Without hashes no prefix is found, so that every token of the prompt is computed, and has a probability.
+            hashes=() if sampling.prompt_logprobs >= 0 else hashes,
         )
+        return [replace(job, sampling=replace(sampling, seed=(sampling.seed + i) % 2**63)) for i in range(call.n or 1)]
+
+    # --- the tokenizer ---
+
+    async def tokenize(self, request: Request) -> Response:
+        """`POST /tokenize`."""
+        return await self._on_text(request, tokenize)
+
+    async def detokenize(self, request: Request) -> Response:
+        """`POST /detokenize`."""
+        return await self._on_text(request, detokenize)
+
+    async def _on_text(self, request: Request, work: Callable[[bytes, Text, ModelCard], Any]) -> Response:
+        body = await _read_body(request, self.settings.max_body_bytes)
+        return _json(await _aside(len(body), partial(work, body, self.text, self.card)))
 
     # --- looking in ---
 
@@ -167,6 +206,10 @@ class Api:
         """`GET /version`."""
         return _json({"version": __version__})
 
+    async def openapi(self, request: Request) -> Response:
+        """`GET /openapi.json`."""
+        return Response(document(), media_type="application/json")
+
     async def page(self, request: Request) -> Response:
         """`GET /`."""
         return HTMLResponse(_page(self.card.name, str(request.base_url)))
@@ -180,21 +223,27 @@ class Api:
 
 def make_app(frontend: Frontend, text: Text, card: ModelCard, settings: Settings | None = None) -> Starlette:
     """The ASGI application."""
-    api = Api(frontend, text, card, settings or Settings())
+    api = Api(frontend, text, card, settings or Settings(), Metrics(card.name))
     routes = [
         Route("/v1/completions", api.completions, methods=["POST"]),
         Route("/v1/chat/completions", api.chat_completions, methods=["POST"]),
+        Route("/tokenize", api.tokenize, methods=["POST"]),
+        Route("/detokenize", api.detokenize, methods=["POST"]),
         Route("/v1/models", api.models),
         Route("/v1/models/{name:path}", api.model),
         Route("/health", api.health),
         Route("/workers", api.workers),
         Route("/metrics", api.expose_metrics),
         Route("/version", api.version),
+        Route("/openapi.json", api.openapi),
         Route("/", api.page),
     ]
     answer = partial(_answer_error, api.settings.retry_after_s)
     handlers: dict[Any, Any] = {DiptychError: answer, HTTPException: _answer_http, ClientDisconnect: _answer_nobody}
-    app = Starlette(routes=routes, middleware=[Middleware(Outermost)], exception_handlers=handlers)
+    around = [Middleware(Outermost)]
+    if api.settings.api_key is not None:
+        around.append(Middleware(Guard, key=api.settings.api_key))
+    app = Starlette(routes=routes, middleware=around, exception_handlers=handlers)
     app.router.redirect_slashes = False  # a redirect has no envelope, and clients drop the body on the way
     app.state.api = api
     return app
@@ -302,7 +351,7 @@ async def _answer_nobody(request: Request, error: ClientDisconnect) -> Response:
 
 
 def _page(model: str, base: str) -> str:
-    links = ("v1/models", "workers", "health", "metrics", "version")
+    links = ("v1/models", "workers", "health", "metrics", "version", "openapi.json")
     items = "".join(f'<li><a href="/{link}">/{link}</a></li>' for link in links)
     body = msgspec.json.encode({"model": model, "messages": [{"role": "user", "content": "Hello"}]}).decode()
     curl = f"curl {base}v1/chat/completions -H 'Content-Type: application/json' -d '{body}'"

@@ -15,12 +15,12 @@ from diptych.errors import ProtocolError, Unavailable
 from diptych.modelfacts import locate
 from diptych.policy.messages import Cancelled, Reason
 from diptych.serve import process
-from diptych.serve.api import make_app, make_server
+from diptych.serve.api import Settings, make_app, make_server
 from diptych.serve.build import cluster_card
 from diptych.serve.channel import Channel, call
 from diptych.serve.frontend import Chunk, Job
 from diptych.serve.text import Text
-from diptych.serve.wire import Ask, Deliver, Hello, Report, Submit, Ticket, pack, pack_ids, unpack_ids
+from diptych.serve.wire import Ask, Deliver, Hello, Report, Submit, Ticket, pack, pack_ids, unpack_emit
 
 log = logging.getLogger(__name__)
 
@@ -111,7 +111,10 @@ class RouterFrontend:
         if stream is not None:
             reason = Reason(message.reason) if message.reason else None
             error = (message.status, message.why) if message.status else None
-            stream.put_nowait(Chunk(unpack_ids(attachment), reason, error))
+            tokens, extra = unpack_emit(message.count, attachment)
+            stream.put_nowait(
+                Chunk(tokens, reason, error, extra.cached, scores=extra.scores, prompt_scores=extra.prompt)
+            )
 
     def _lost(self, why: str) -> None:
         """The router is gone: every stream ends with an error, none is left waiting."""
@@ -126,7 +129,9 @@ async def serve(orders: process.Orders) -> None:
     """Serve HTTP until told to stop; then open requests may finish for a few seconds."""
     cluster = orders.cluster
     frontend = RouterFrontend()
-    app = make_app(frontend, Text.load(locate(cluster.folder)), cluster_card(cluster))
+    app = make_app(
+        frontend, Text.load(locate(cluster.folder)), cluster_card(cluster), Settings(api_key=cluster.api_key)
+    )
     await frontend.connect(orders)
     server = make_server(app, cluster.host, cluster.port)
     server.config.timeout_graceful_shutdown = STOP_S

@@ -4,6 +4,7 @@ torch is imported here, and only where the engine is torch. Not responsible for 
 """
 
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 from diptych.config import DEMO, Cluster, WorkerConfig
@@ -80,6 +81,7 @@ def model_card(cluster: Cluster, layout: Layout, num_blocks: int) -> ModelCard:
         fingerprint=layout.model,
         layout=layout.fingerprint(),
         aliases=(cluster.model,) if cluster.model != "demo" else (),
+        structured=bool(facts and facts.eos_ids) and find_spec("llguidance") is not None,
     )
 
 

@@ -2,7 +2,7 @@
 
 An `Exchange` is the ASGI response that a route hands back; it starts nothing before it is called. An error before the
 first byte is raised (and becomes a status); one after it becomes an event and ends the stream. Not responsible for
-reading or checking the request (`api.py`, `openai.py`).
+reading or checking the request (`api.py`, `openai.py`), nor for one answer's state (`answer.py`, `turn.py`).
 """
 
 import asyncio
@@ -13,12 +13,13 @@ from typing import Any
 
 from starlette.types import Message, Receive, Scope, Send
 
-from diptych.errors import DiptychError, Overloaded, Unavailable
-from diptych.serve import openai
+from diptych.errors import DiptychError
+from diptych.serve import openai, replies
 from diptych.serve.answer import Answer
-from diptych.serve.frontend import Frontend, Job, Stream
+from diptych.serve.frontend import Frontend, Job
 from diptych.serve.metrics import Metrics, Timer
 from diptych.serve.text import Text
+from diptych.serve.turn import Showing, Turn
 
 _SSE_HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
@@ -29,7 +30,11 @@ _SSE_HEADERS = [
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    """What a checked request comes down to. `jobs` are numbered by choice; `arrived` is on `perf_counter`."""
+    """What a checked request comes down to. `jobs` are numbered by choice; `arrived` is on `perf_counter`.
+
+    The jobs of one prompt follow each other, `num_each` of them. `echoes`: the texts of the prompts, where the answers
+    are to begin with them; `silent`: they are all that is wanted.
+    """
 
     chat: bool
     jobs: Sequence[Job]
@@ -41,6 +46,11 @@ class Order:
     model: str
     created: int
     arrived: float
+    num_each: int = 1
+    echoes: tuple[str, ...] = ()
+    silent: bool = False
+    with_usage_always: bool = False
+    with_token_ids: bool = False
 
 
 class Exchange:
@@ -48,114 +58,104 @@ class Exchange:
 
     def __init__(self, order: Order, frontend: Frontend, text: Text, metrics: Metrics):
         self._order = order
+        self._head = replies.head(order.chat, order.streamed, order.ident, order.created, order.model)
         self._frontend = frontend
-        self._text = text
-        self._metrics = metrics
-        self._head = openai.head(order.chat, order.streamed, order.ident, order.created, order.model)
-        self._turns: list[_Turn] = []
+        self._turns: list[Turn] = []
+        for number, job in enumerate(order.jobs):
+            answer = Answer(text, job, order.stops, order.silent)
+            timer = Timer(metrics, order.arrived, len(job.tokens))
+            leader = self._turns[number - number % order.num_each] if number % order.num_each else None
+            self._turns.append(Turn(job, answer, timer, leader, Showing(text, order.chat, job, order.with_token_ids)))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await while_connected(receive, self._run(_Wire(send)))
 
     async def _run(self, wire: "_Wire") -> None:
         try:
-            self._submit()
+            for turn in self._turns:
+                if not turn.waits:
+                    turn.submit(self._frontend)
             await (self._stream(wire) if self._order.streamed else self._collect(wire))
         finally:
             for turn in self._turns:
                 turn.leave(self._frontend)
 
-    def _submit(self) -> None:
-        order = self._order
-        for job in order.jobs:
-            timer = Timer(self._metrics, order.arrived, len(job.tokens))
-            try:
-                request, stream = self._frontend.submit(job)
-            except BaseException:
-                timer.end("rejected")
-                raise
-            self._turns.append(_Turn(request, stream, Answer(self._text, job, order.stops), timer))
-
     async def _collect(self, wire: "_Wire") -> None:
         texts = await all_of([self._whole(turn) for turn in self._turns])
-        chat = self._order.chat
         choices = [
-            openai.choice(chat, index, text, turn.answer.finish or "")
-            for index, (turn, text) in enumerate(zip(self._turns, texts, strict=True))
+            replies.choice(self._order.chat, number, self._echo(number) + text, turn.answer.finish or "", turn.whole())
+            for number, (turn, text) in enumerate(zip(self._turns, texts, strict=True))
         ]
-        await wire.reply(openai.reply(self._head, choices, self._usage(), self._timings()))
+        ids = self._order.jobs[0].tokens if self._order.chat and self._order.with_token_ids else None
+        extra = {"timings": self._timings(), "prompt_token_ids": ids}
+        await wire.reply(replies.reply(self._head, choices, self._usage(), **extra))
 
-    async def _whole(self, turn: "_Turn") -> str:
+    async def _whole(self, turn: Turn) -> str:
+        await turn.begin(self._frontend)
         parts = []
         while turn.answer.finish is None:
             parts.append(await turn.more())
+            turn.keep()
         return "".join(parts)
 
     async def _stream(self, wire: "_Wire") -> None:
         order = self._order
-        frames = [openai.Frames(order.chat, self._head, i, order.with_usage) for i in range(len(self._turns))]
+        with_usage = order.with_usage or order.with_usage_always
+        frames = [replies.Frames(order.chat, self._head, i, with_usage) for i in range(len(self._turns))]
         try:
-            await all_of([self._pump(turn, frames[i], wire) for i, turn in enumerate(self._turns)])
+            await all_of([self._pump(i, frames[i], wire) for i in range(len(self._turns))])
         except DiptychError as error:
             if not wire.started:
                 raise
             await wire.end(openai.error_frame(error))
             return
-        used = openai.usage_frame(self._head, self._usage()) if order.with_usage else b""
-        await wire.end(used + openai.DONE)
+        used = replies.usage_frame(self._head, self._usage()) if order.with_usage else b""
+        await wire.end(used + replies.DONE)
 
-    async def _pump(self, turn: "_Turn", frames: openai.Frames, wire: "_Wire") -> None:
-        answer = turn.answer
-        before = frames.first()
+    async def _pump(self, number: int, frames: replies.Frames, wire: "_Wire") -> None:
+        turn, answer = self._turns[number], self._turns[number].answer
+        await turn.begin(self._frontend)
+        always = self._order.with_usage_always
+        first = True
         while answer.finish is None:
             text = await turn.more()
-            data = frames.text(text) if text else b""
+            used = turn.usage() if always else None
+            data = b""
+            if first:
+                data = self._beginning(number, frames, used)
+                first = False
+            if text or answer.taken:
+                data += frames.text(text, turn.showing.step(answer, used))
             if answer.finish is not None:
-                data += frames.last(answer.finish, answer.record if self._order.with_timings else None)
-            if before or data:
-                await wire.write(before + data)
-                before = b""
+                record = answer.record if self._order.with_timings else None
+                data += frames.last(answer.finish, record, replies.Detail(usage=used))
+            if data:
+                await wire.write(data)
+
+    def _beginning(self, number: int, frames: replies.Frames, used: dict[str, Any] | None) -> bytes:
+        """The event before the first token: chat says who speaks; an echo needs what the first chunk says of it."""
+        turn = self._turns[number]
+        if self._order.echoes:
+            return frames.text(self._echo(number), turn.showing.prompt(turn.answer, used))
+        detail = turn.showing.prompt(turn.answer, used)
+        if self._order.chat:
+            return frames.first(detail)
+        return frames.text("", detail) if detail.prompt_ids is not None else b""
+
+    def _echo(self, number: int) -> str:
+        return self._order.echoes[number // self._order.num_each] if self._order.echoes else ""
 
     def _usage(self) -> dict[str, Any]:
         written = sum(turn.answer.num_tokens for turn in self._turns)
-        cached = sum(turn.answer.cached for turn in self._turns)
-        return openai.usage(sum(len(job.tokens) for job in self._order.jobs), written, cached)
+        leaders = self._turns[:: self._order.num_each]  # several answers to one prompt: it counts once
+        cached = sum(turn.answer.cached for turn in leaders)
+        return replies.usage(sum(len(turn.job.tokens) for turn in leaders), written, cached)
 
     def _timings(self) -> Any:
         if not self._order.with_timings:
             return None
         records = [turn.answer.record for turn in self._turns]
         return records[0] if len(records) == 1 else records
-
-
-@dataclass(slots=True)
-class _Turn:
-    """One job on its way."""
-
-    request: int
-    stream: Stream
-    answer: Answer
-    timer: Timer
-    failure: str = "cancelled"
-
-    async def more(self) -> str:
-        """The text of the next chunk."""
-        chunk = await self.stream.get()
-        before = self.answer.num_tokens
-        try:
-            text = self.answer.feed(chunk)
-        except DiptychError as error:
-            turned_away = isinstance(error, Overloaded | Unavailable) and before == 0
-            self.failure = "rejected" if turned_away else "failed"
-            raise
-        self.timer.tokens(self.answer.num_tokens - before)
-        return text
-
-    def leave(self, frontend: Frontend) -> None:
-        """However it went, the router need not go on with this, and the books are closed."""
-        self.timer.end(self.answer.finish or self.failure, self.answer.cached)
-        if not self.answer.ended:
-            frontend.cancel(self.request)
 
 
 class _Wire:

@@ -7,7 +7,7 @@ tests put a double behind it. Not responsible for HTTP, text or the wire.
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from diptych.engine.executor import Sampling
+from diptych.engine.executor import Sampling, Score
 from diptych.policy.messages import Reason
 
 
@@ -28,6 +28,7 @@ class ModelCard:
     layout: str = ""
     aliases: tuple[str, ...] = ()
     created: int = 0
+    structured: bool = False  # the workers can hold an answer to a grammar
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +51,8 @@ class Chunk:
     """The next tokens of an answer. The last chunk has a `reason` or an `error` (HTTP status, why).
 
     `tokens` includes the stop token that ended it. `cached`: prompt tokens whose KV was found, said at the latest in
-    the last chunk. `record`: the waterfall of the request, with the last chunk.
+    the last chunk. `record`: the waterfall of the request, with the last chunk. `scores`: one for each token, where
+    asked for; `prompt_scores`: from the second token of the prompt on, with the first token of the answer.
     """
 
     tokens: list[int]
@@ -58,6 +60,8 @@ class Chunk:
     error: tuple[int, str] | None = None
     cached: int = 0
     record: dict[str, Any] | None = None
+    scores: tuple[Score, ...] = ()
+    prompt_scores: tuple[Score, ...] = ()
 
 
 class Stream(Protocol):

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from diptych.engine.executor import Sampling
+from diptych.engine.executor import Sampling, Score
 from diptych.errors import BadRequest, DiptychError, TransferError
 from diptych.journal import Journal
 from diptych.policy.messages import (
@@ -37,7 +37,7 @@ from diptych.serve.build import Parts
 from diptych.serve.clock import Clock
 from diptych.serve.router import RouterDriver
 from diptych.serve.text import prompt_hashes
-from diptych.serve.wire import Deliver, Ticket, pack_ids, unpack_ids
+from diptych.serve.wire import Deliver, Ticket, pack_ids, unpack_emit
 from diptych.serve.worker import ToPeer, WorkerDriver
 from diptych.transfer.copying import checksum, read_now
 from diptych.transfer.seam import Plan
@@ -48,6 +48,9 @@ class Answer:
     """What became of a request so far."""
 
     tokens: list[int] = field(default_factory=list)
+    scores: list[Score] = field(default_factory=list)  # one for each token, where asked for
+    prompt_scores: list[Score] = field(default_factory=list)  # from the second token of the prompt on
+    cached: int = 0  # prompt tokens whose KV was found
     reason: Reason | None = None
     error: DiptychError | None = None
 
@@ -125,11 +128,14 @@ class LocalCluster:
             spec_ = p.policy.spec
             self.router.worker_up(WorkerUp(spec_.name, 0, spec_.role, spec_.num_blocks, spec_.block_size))
 
-    def submit(self, tokens: list[int], max_new: int, sampling: Sampling, priority: int = 0) -> Answer:
-        """Hand a prompt in; the answer fills while `step` is called."""
+    def submit(
+        self, tokens: list[int], max_new: int, sampling: Sampling, priority: int = 0, find: bool = True
+    ) -> Answer:
+        """Hand a prompt in; the answer fills while `step` is called. Without `find` no cached prefix is used."""
         if not tokens:
             raise BadRequest("the prompt is empty", "prompt")
         root, hashes = prompt_hashes(tokens, self.card)
+        hashes = hashes if find else ()
         number = next(self._numbers)
         answer = self._answers[number] = Answer()
         event = Submitted(number, len(tokens), max_new, hashes, priority)
@@ -182,7 +188,11 @@ class LocalCluster:
 
     def deliver(self, client: Any, message: Deliver, attachment: bytes) -> None:
         answer = self._answers[client]
-        answer.tokens += unpack_ids(attachment)
+        tokens, extra = unpack_emit(message.count, attachment)
+        answer.tokens += tokens
+        answer.scores += extra.scores
+        answer.prompt_scores += extra.prompt
+        answer.cached = max(answer.cached, extra.cached)
         if message.status:
             answer.error = BadRequest(message.why) if message.status == 400 else DiptychError(message.why)
         elif message.reason and answer.reason is None:

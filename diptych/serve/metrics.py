@@ -1,7 +1,7 @@
 """Prometheus metrics of the API process, and of the workers as they are at the moment of a scrape.
 
-Names follow vLLM's after the prefix. Not responsible for measuring on workers: their numbers come from
-`Frontend.workers()`.
+Names follow vLLM's after the prefix; `aliases.py` shows the ones that dashboards read under vLLM's names too. Not
+responsible for measuring on workers: their numbers come from `Frontend.workers()`.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -10,6 +10,8 @@ from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+
+from diptych.serve.aliases import Aliases, Collects
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -39,9 +41,9 @@ _TOTALS = (0.01, 0.05, 0.1, 0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 
 
 
 class Metrics:
-    """The registry of one API process and what requests observe into it."""
+    """The registry of one API process and what requests observe into it. `model` is a label of the aliases."""
 
-    def __init__(self) -> None:
+    def __init__(self, model: str = "") -> None:
         self.registry = CollectorRegistry()
         at = self.registry
         self.ttft = Histogram(
@@ -65,10 +67,24 @@ class Metrics:
             self.requests.labels(reason)  # a series that is there from the start can be rated from the start
         self._workers = _Workers()
         self.registry.register(self._workers)
+        self._aliases = Aliases(model, self.aliased())
+        self.registry.register(self._aliases)
+
+    def aliased(self) -> dict[str, Collects]:
+        """What has a name in vLLM's metrics, by that name."""
+        return {
+            "time_to_first_token_seconds": self.ttft,
+            "inter_token_latency_seconds": self.itl,
+            "request_time_per_output_token_seconds": self.tpot,
+            "e2e_request_latency_seconds": self.e2e,
+            "prompt_tokens": self.prompt_tokens,
+            "generation_tokens": self.generation_tokens,
+            "request_success": self.requests,
+        }
 
     def expose(self, workers: Sequence[Mapping[str, Any]]) -> bytes:
         """The text of a scrape."""
-        self._workers.rows = workers
+        self._workers.rows = self._aliases.rows = workers
         return generate_latest(self.registry)
 
 

@@ -1,14 +1,14 @@
-"""The OpenAI dialect: what a request body may say, and the bytes of every reply, event and error.
+"""The OpenAI dialect: what a request body may say, and the bytes of errors.
 
 Bodies are decoded and range-checked by msgspec in one pass over the bytes; fields unknown to us are ignored, but a
 known field that would change the answer and is not supported is refused rather than ignored. Not
-responsible for HTTP, tokens or running anything (`api.py`, `exchange.py`).
+responsible for replies (`replies.py`), HTTP, tokens or running anything (`api.py`, `exchange.py`).
 """
 
 import random
 import re
 from collections.abc import Callable
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import msgspec
 from msgspec import Meta
@@ -18,12 +18,14 @@ from diptych.errors import BadRequest, DiptychError, NotFound, Overloaded, TooLa
 from diptych.serve.frontend import ModelCard
 
 Prompt = str | list[int]
+T = TypeVar("T")
 
 DEFAULT_COMPLETION_TOKENS = 16
 MAX_STOPS = 16
-DONE = b"data: [DONE]\n\n"
+MAX_LOGPROBS = 20
+MAX_CHOICES = 128
 
-_Count = Annotated[int, Meta(ge=1, le=2**31 - 1)]
+_Count = Annotated[int, Meta(ge=0, le=2**31 - 1)]
 _Rank = Annotated[int, Meta(ge=-(2**31), le=2**31 - 1)]
 
 
@@ -31,6 +33,7 @@ class StreamOptions(msgspec.Struct):
     """`stream_options` of a request."""
 
     include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
 
 
 class Call(msgspec.Struct, kw_only=True):
@@ -49,66 +52,73 @@ class Call(msgspec.Struct, kw_only=True):
     temperature: Annotated[float, Meta(ge=0.0, le=2.0)] | None = None
     top_p: Annotated[float, Meta(gt=0.0, le=1.0)] | None = None
     top_k: Annotated[int, Meta(ge=-1, le=2**31 - 1)] | None = None
+    min_p: Annotated[float, Meta(ge=0.0, le=1.0)] | None = None
+    repetition_penalty: Annotated[float, Meta(gt=0.0, le=100.0)] | None = None
+    presence_penalty: Annotated[float, Meta(ge=-2.0, le=2.0)] | None = None
+    frequency_penalty: Annotated[float, Meta(ge=-2.0, le=2.0)] | None = None
+    logit_bias: dict[int, Annotated[float, Meta(ge=-100.0, le=100.0)]] | None = None
     seed: Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)] | None = None
     stop: str | list[str] | None = None
     stop_token_ids: list[int] | None = None
     ignore_eos: bool | None = None
     priority: _Rank | None = None
     cache_salt: str | None = None
+    n: Annotated[int, Meta(ge=1, le=MAX_CHOICES)] | None = None
+    echo: bool | None = None
+    logprobs: bool | Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)] | None = None
+    top_logprobs: Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)] | None = None
+    add_special_tokens: bool | None = None
+    response_format: dict[str, Any] | None = None
+    structured_outputs: dict[str, Any] | None = None
+    guided_json: str | dict[str, Any] | None = None
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
+    return_token_ids: bool | None = None
     timings: bool | None = None  # ours: put the request's waterfall into the reply
     # Known and not supported; the only value let through is the one that changes nothing (see _NEUTRAL).
-    n: int | None = None
     best_of: int | None = None
-    echo: bool | None = None
     suffix: str | None = None
-    logprobs: int | bool | None = None
-    top_logprobs: int | None = None
     prompt_logprobs: int | None = None
-    frequency_penalty: float | None = None
-    presence_penalty: float | None = None
-    repetition_penalty: float | None = None
-    min_p: float | None = None
-    logit_bias: dict[str, float] | None = None
-    response_format: dict[str, Any] | None = None
     tool_choice: str | dict[str, Any] | None = None
 
 
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "n": (1,),
     "best_of": (1,),
-    "echo": (False,),
     "suffix": ("",),
-    "logprobs": (),  # False is let through below: 0 asks for something, and equals it
-    "top_logprobs": (0,),
     "prompt_logprobs": (),
-    "frequency_penalty": (0.0,),
-    "presence_penalty": (0.0,),
-    "repetition_penalty": (1.0,),
-    "min_p": (0.0,),
-    "logit_bias": ({},),
-    "response_format": ({"type": "text"},),
     "tool_choice": ("none", "auto"),
 }
 
-_decode_call = msgspec.json.Decoder(Call).decode
+_CALL = msgspec.json.Decoder(Call)
 _encode = msgspec.json.encode
 _PARAM = re.compile(r"\$\.(\w+(?:\[\d+\])*)")
 
 
-def parse(body: bytes, chat: bool) -> Call:
-    """Decode and check a body as far as that needs no model; raises `BadRequest` naming the field."""
+def decoded(decoder: msgspec.json.Decoder[T], body: bytes) -> T:
+    """A body as the decoder's type; raises `BadRequest` naming the field."""
     try:
-        call = _decode_call(body)
+        return decoder.decode(body)
     except msgspec.ValidationError as error:
         where = _PARAM.search(str(error))
         raise BadRequest(f"invalid request: {error}", where.group(1) if where else None) from error
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise BadRequest(f"the request body is not valid JSON: {error}") from error
+
+
+def parse(body: bytes, chat: bool) -> Call:
+    """Decode and check a body as far as that needs no model; raises `BadRequest` naming the field."""
+    call = decoded(_CALL, body)
     needed = "messages" if chat else "prompt"
     if not getattr(call, needed):
         raise BadRequest(f"'{needed}' is required and must not be empty", needed)
     _refuse_unsupported(call)
     _check_stops(call)
+    _check_logprobs(call, chat)
+    if call.echo and chat:
+        raise BadRequest("'echo' is for completions", "echo")
+    for name in ("max_tokens", "max_completion_tokens"):
+        if getattr(call, name) == 0 and not call.echo:
+            raise BadRequest(f"'{name}' is 0; it must be at least 1, or 'echo' true", name)
     if call.stream_options is not None and not call.stream:
         raise BadRequest("'stream_options' needs 'stream': true", "stream_options")
     return call
@@ -125,6 +135,22 @@ def _check_stops(call: Call) -> None:
     stops = stop_strings(call)
     if len(stops) > MAX_STOPS or not all(1 <= len(stop) <= 1024 for stop in stops):
         raise BadRequest(f"'stop' takes up to {MAX_STOPS} non-empty strings of at most 1024 characters", "stop")
+
+
+def _check_logprobs(call: Call, chat: bool) -> None:
+    """Chat says `logprobs: true` and how many `top_logprobs`; a completion says the number at once."""
+    asked = call.logprobs
+    if asked is not None and isinstance(asked, bool) != chat and asked is not False:
+        raise BadRequest(f"'logprobs' is {'true or false' if chat else 'a number'} here", "logprobs")
+    if call.top_logprobs and not (chat and asked):
+        raise BadRequest("'top_logprobs' needs 'logprobs': true, in a chat completion", "top_logprobs")
+
+
+def num_logprobs(call: Call) -> int:
+    """How many alternatives to report with each token; -1 where no log-probabilities are asked for."""
+    if call.logprobs is None or call.logprobs is False:
+        return -1
+    return (call.top_logprobs or 0) if call.logprobs is True else call.logprobs
 
 
 def stop_strings(call: Call) -> tuple[str, ...]:
@@ -154,24 +180,25 @@ def check_model(name: str | None, card: ModelCard) -> None:
         raise NotFound(f"the model '{name}' does not exist; this server has '{card.name}'", "model", "model_not_found")
 
 
-def check_prompt(tokens: list[int], card: ModelCard) -> None:
+def check_prompt(tokens: list[int], card: ModelCard, param: str = "prompt") -> None:
     """Refuse an empty prompt and ids outside the vocabulary."""
     if not tokens:
-        raise BadRequest("the prompt has no tokens", "prompt")
+        raise BadRequest("the prompt has no tokens", param)
     if min(tokens) < 0 or max(tokens) >= card.vocab_size:
-        raise BadRequest(f"token ids must be from 0 to {card.vocab_size - 1}", "prompt")
+        raise BadRequest(f"token ids must be from 0 to {card.vocab_size - 1}", param)
 
 
-def check_stop_ids(call: Call, card: ModelCard) -> None:
-    """Refuse `stop_token_ids` outside the vocabulary."""
-    if call.stop_token_ids and not 0 <= min(call.stop_token_ids) <= max(call.stop_token_ids) < card.vocab_size:
-        raise BadRequest(f"token ids must be from 0 to {card.vocab_size - 1}", "stop_token_ids")
+def check_ids(call: Call, card: ModelCard) -> None:
+    """Refuse `stop_token_ids` and `logit_bias` outside the vocabulary."""
+    for name, ids in (("stop_token_ids", call.stop_token_ids), ("logit_bias", call.logit_bias)):
+        if ids and not 0 <= min(ids) <= max(ids) < card.vocab_size:
+            raise BadRequest(f"token ids must be from 0 to {card.vocab_size - 1}", name)
 
 
 def max_new(call: Call, num_prompt: int, card: ModelCard, chat: bool) -> int:
-    """How many tokens may be written; refuses what does not fit into the model's context."""
+    """How many tokens may be written (0 with `echo` alone); refuses what does not fit into the model's context."""
     room = card.max_tokens - num_prompt
-    asked = call.max_completion_tokens or call.max_tokens
+    asked = call.max_tokens if call.max_completion_tokens is None else call.max_completion_tokens
     field = "messages" if chat else "prompt"
     if room < 1:
         raise too_long(f"the prompt has {num_prompt} tokens", card, field)
@@ -184,6 +211,11 @@ def max_new(call: Call, num_prompt: int, card: ModelCard, chat: bool) -> int:
     return asked
 
 
+def writes_nothing(call: Call) -> bool:
+    """The prompt is all that is wanted: `echo` with no token to be written."""
+    return bool(call.echo) and (call.max_completion_tokens or call.max_tokens) == 0
+
+
 def too_long(what: str, card: ModelCard, param: str) -> BadRequest:
     """The error for what does not fit into the context."""
     message = f"this model's context is {card.max_tokens} tokens, prompt and answer together; {what}"
@@ -193,6 +225,7 @@ def too_long(what: str, card: ModelCard, param: str) -> BadRequest:
 def sampling(call: Call, stop_ids: tuple[int, ...]) -> Sampling:
     """The sampling parameters. Without a seed each request gets its own."""
     ends = () if call.ignore_eos else stop_ids
+    top = num_logprobs(call)
     return Sampling(
         temperature=1.0 if call.temperature is None else call.temperature,
         top_k=max(0, call.top_k or 0),
@@ -200,76 +233,14 @@ def sampling(call: Call, stop_ids: tuple[int, ...]) -> Sampling:
         seed=random.getrandbits(63) if call.seed is None else call.seed % 2**63,
         stop_ids=tuple(dict.fromkeys((*ends, *(call.stop_token_ids or ())))),
         min_new=call.min_tokens or 0,
+        min_p=call.min_p or 0.0,
+        repetition_penalty=1.0 if call.repetition_penalty is None else call.repetition_penalty,
+        presence_penalty=call.presence_penalty or 0.0,
+        frequency_penalty=call.frequency_penalty or 0.0,
+        logit_bias=tuple(sorted((call.logit_bias or {}).items())),
+        logprobs=top,
+        prompt_logprobs=top if call.echo else -1,
     )
-
-
-# --- replies ---------------------------------------------------------------------------------------------------
-
-
-def usage(num_prompt: int, num_written: int, num_cached: int) -> dict[str, Any]:
-    """The `usage` object."""
-    return {
-        "prompt_tokens": num_prompt,
-        "completion_tokens": num_written,
-        "total_tokens": num_prompt + num_written,
-        "prompt_tokens_details": {"cached_tokens": num_cached},
-    }
-
-
-def choice(chat: bool, index: int, text: str, finish: str) -> dict[str, Any]:
-    """One finished answer of a reply that is not streamed."""
-    said = {"message": {"role": "assistant", "content": text}} if chat else {"text": text}
-    return {"index": index, **said, "logprobs": None, "finish_reason": finish}
-
-
-def reply(head: dict[str, Any], choices: list[dict[str, Any]], used: dict[str, Any], timings: Any = None) -> bytes:
-    """The body of a reply that is not streamed."""
-    extra = {} if timings is None else {"timings": timings}
-    return _encode({**head, "choices": choices, "usage": used, **extra})
-
-
-def head(chat: bool, streamed: bool, ident: str, created: int, model: str) -> dict[str, Any]:
-    """What every body or event of one reply begins with."""
-    kind = ("chat.completion.chunk" if streamed else "chat.completion") if chat else "text_completion"
-    return {"id": ident, "object": kind, "created": created, "model": model}
-
-
-class Frames:
-    """The server-sent events of one choice, everything but the text encoded once."""
-
-    __slots__ = ("_after", "_before", "_chat", "_close", "_open")
-
-    def __init__(self, chat: bool, head: dict[str, Any], index: int, with_usage: bool):
-        tail = b',"usage":null}\n\n' if with_usage else b"}\n\n"
-        self._chat = chat
-        self._open = b"data: " + _encode(head)[:-1] + b',"choices":[{"index":%d,' % index
-        self._close = tail
-        self._before = self._open + (b'"delta":{"content":' if chat else b'"text":')
-        self._after = (b"}" if chat else b"") + b',"logprobs":null,"finish_reason":null}]' + tail
-
-    def first(self) -> bytes:
-        """The event before any text: chat says who speaks."""
-        if not self._chat:
-            return b""
-        said = b'"delta":{"role":"assistant","content":""},"logprobs":null,"finish_reason":null}]'
-        return self._open + said + self._close
-
-    def text(self, text: str) -> bytes:
-        """More of the answer."""
-        return self._before + _encode(text) + self._after
-
-    def last(self, finish: str, timings: Any = None) -> bytes:
-        """The end of the answer."""
-        said = b'"delta":{}' if self._chat else b'"text":""'
-        extra = b"" if timings is None else b',"timings":' + _encode(timings)
-        return (
-            self._open + said + b',"logprobs":null,"finish_reason":"' + finish.encode() + b'"}]' + extra + self._close
-        )
-
-
-def usage_frame(head: dict[str, Any], used: dict[str, Any]) -> bytes:
-    """The event after all choices where `include_usage` was asked for."""
-    return b"data: " + _encode({**head, "choices": [], "usage": used}) + b"\n\n"
 
 
 # --- errors ----------------------------------------------------------------------------------------------------

@@ -134,13 +134,14 @@ class RouterDriver:
             else:
                 self._finished(speaker, request, open_, said)
 
-    def _emitted(self, worker: str, request: int, open_: Open, message: Emit, ids: bytes) -> None:
-        if len(ids) != 4 * message.count:
+    def _emitted(self, worker: str, request: int, open_: Open, message: Emit, attachment: bytes) -> None:
+        num_bytes = 4 * message.count  # what comes after the ids is for the client alone
+        if len(attachment) < num_bytes:
             self._break(worker, open_, message.rid)
             return
         self.last_token = self._clock()
-        open_.tokens.frombytes(ids)
-        self._ports.deliver(open_.client, Deliver(request), ids)
+        open_.tokens.frombytes(attachment[:num_bytes])
+        self._ports.deliver(open_.client, Deliver(request, count=message.count), attachment)
         if not open_.began:
             open_.began = True
             self._decide(Progress(message.rid))

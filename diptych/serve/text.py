@@ -5,6 +5,7 @@ tokens. Not responsible for chat templates (`template.py`), stop strings (`answe
 loop during a long encode (`api.py`).
 """
 
+import re
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -41,6 +42,8 @@ class Text:
         self.vocab_size: int = tokenizer.get_vocab_size(with_added_tokens=True)
         added = tokenizer.get_added_tokens_decoder()
         self.special_ids = frozenset(i for i, token in added.items() if token.special)
+        self._shown: dict[int, str] = {}
+        self._anchor = next((i for i in tokenizer.encode("a", add_special_tokens=False).ids), 0)
         self.longest_token = max(map(len, tokenizer.get_vocab(with_added_tokens=True)), default=1)
 
     @classmethod
@@ -67,10 +70,47 @@ class Text:
             raise BadRequest("this model has no chat template; use /v1/completions", "messages")
         return self.encode(self.chat.render(messages, tools, extra), add_special=False)
 
+    def token(self, token: int) -> str:
+        """One token as the text it adds after others, special ones by name; U+FFFD for parts of characters."""
+        known = self._shown.get(token)
+        if known is None:
+            known = self._shown[token] = self._show(token)
+        return known
+
+    def token_bytes(self, token: int) -> bytes:
+        """The bytes a token adds, also where they are part of a character."""
+        shown = self.token(token)
+        return _raw_bytes(self.tokenizer.id_to_token(token) or "") if "\ufffd" in shown else shown.encode()
+
+    def _show(self, token: int) -> str:
+        # After another token, because some decoders treat the first token of a text differently (a leading space).
+        alone: str = self.tokenizer.decode([self._anchor], skip_special_tokens=False)
+        after: str = self.tokenizer.decode([self._anchor, token], skip_special_tokens=False)
+        if after.startswith(alone):
+            return after[len(alone) :]
+        shown: str = self.tokenizer.decode([token], skip_special_tokens=False)
+        return shown
+
     def decode(self, ids: Sequence[int]) -> str:
         """The whole text of an answer, special tokens left out."""
         text: str = self.tokenizer.decode([i for i in ids if i not in self.special_ids], skip_special_tokens=False)
         return text
+
+
+def _raw_bytes(name: str) -> bytes:
+    """The bytes behind a token's name: `<0xE4>` of byte fallback, or byte-level BPE's alphabet."""
+    if re.fullmatch(r"<0x[0-9A-Fa-f]{2}>", name):
+        return bytes.fromhex(name[3:5])
+    table = _byte_alphabet()
+    return bytes(table[char] for char in name) if all(char in table for char in name) else name.encode()
+
+
+@lru_cache(maxsize=1)
+def _byte_alphabet() -> dict[str, int]:
+    """GPT-2's printable stand-ins for bytes (Radford et al., 2019): printable Latin-1 is itself, others follow 256."""
+    plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in plain]
+    return {chr(byte): byte for byte in plain} | {chr(256 + i): byte for i, byte in enumerate(others)}
 
 
 # A character is at most four bytes, so at most this much of a decoded tail can still change into something else.

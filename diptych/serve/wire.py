@@ -1,7 +1,8 @@
 """What the processes of a cluster say to each other beside the policy's own messages, and the codec for all of it.
 
-Attachments carry what policy must not see: a `Ticket` goes with every `Place`, token ids with `Emit` and `Deliver`,
-checksums (and the first token) with `Publish`. Not responsible for sockets (`channel.py`).
+Attachments carry what policy must not see: a `Ticket` goes with every `Place`, token ids (and an `Extra`, where there
+is something to say) with `Emit` and `Deliver`, checksums (and the first token) with `Publish`. Not responsible for
+sockets (`channel.py`).
 """
 
 from array import array
@@ -10,7 +11,7 @@ from dataclasses import dataclass
 import msgspec
 
 from diptych import journal
-from diptych.engine.executor import Sampling
+from diptych.engine.executor import Sampling, Score
 from diptych.errors import ProtocolError
 
 
@@ -75,7 +76,7 @@ class Submit:
 
 @dataclass(frozen=True, slots=True)
 class Deliver:
-    """The router to an API process: further tokens of an answer (the attachment), or its end.
+    """The router to an API process: `count` further tokens of an answer (the attachment), or its end.
 
     `reason` "" means that it goes on. `status` 0 means no error; otherwise an HTTP status and why.
     """
@@ -84,6 +85,7 @@ class Deliver:
     reason: str = ""
     status: int = 0
     why: str = ""
+    count: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +124,21 @@ class Ticket(msgspec.Struct, frozen=True, array_like=True):
     root: bytes
 
 
+class Extra(msgspec.Struct, frozen=True, array_like=True):
+    """What is known of emitted tokens beside their ids. What is not there was not asked for.
+
+    With the first token of an answer: how many `cached` prompt tokens the worker found, and `prompt`, the scores of
+    the prompt from its second token on.
+    """
+
+    cached: int = 0
+    scores: tuple[Score, ...] = ()  # one for each token
+    prompt: tuple[Score, ...] = ()
+
+
+NO_EXTRA = Extra()
+
+_EXTRA = msgspec.msgpack.Decoder(Extra)
 _ENCODER = msgspec.msgpack.Encoder()
 _TICKET = msgspec.msgpack.Decoder(Ticket)
 
@@ -145,6 +162,24 @@ def unpack_ticket(data: bytes | memoryview) -> Ticket:
 def pack_ids(ids: list[int]) -> bytes:
     """Token ids as int32."""
     return array("i", ids).tobytes()
+
+
+def pack_emit(ids: bytes, extra: Extra) -> bytes:
+    """The attachment of an Emit: token ids as int32, then the Extra, unless it says nothing."""
+    return ids if extra == NO_EXTRA else ids + _ENCODER.encode(extra)
+
+
+def unpack_emit(count: int, data: bytes | memoryview) -> tuple[list[int], Extra]:
+    """The `count` token ids and the Extra of an attachment; ProtocolError where it is not one."""
+    ids = unpack_ids(data[: 4 * count])
+    if len(ids) != count:
+        raise ProtocolError(f"{count} token ids are announced, {len(ids)} are there")
+    if len(data) == 4 * count:
+        return ids, NO_EXTRA
+    try:
+        return ids, _EXTRA.decode(data[4 * count :])
+    except msgspec.MsgspecError as error:
+        raise ProtocolError(f"malformed extra: {error}") from None
 
 
 def unpack_ids(data: bytes | memoryview) -> list[int]:

@@ -8,13 +8,13 @@ responsible for waiting, nor for any decision.
 from array import array
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from diptych.engine.executor import Result, Sampling
+from diptych.engine.executor import Result, Sampling, Score
 from diptych.journal import Journal
 from diptych.policy.hashes import chain
 from diptych.policy.messages import (
@@ -32,13 +32,14 @@ from diptych.policy.messages import (
     Read,
     ReadFailed,
     Revoke,
+    Role,
     Run,
     StepDone,
     WorkerEvent,
     WorkerOrder,
 )
 from diptych.policy.worker import Worker
-from diptych.serve.wire import pack_ids, unpack_ids, unpack_ticket
+from diptych.serve.wire import Extra, pack_emit, pack_ids, unpack_ids, unpack_ticket
 from diptych.transfer.seam import Plan
 
 MAX_EARLY = 1024  # requests a peer may speak of before our own Place comes
@@ -86,6 +87,10 @@ class Held:
     hashed: int  # leading full blocks whose hash policy knows
     parent: bytes  # the hash of the last of them
     checksums: "array[int]"  # of the peer's published blocks, in order
+    counts_cache: bool  # its prompt is computed here, and how much of it was found is not known yet
+    cached: int = 0
+    scores: dict[int, Score] = field(default_factory=dict)  # of tokens not emitted yet, by position
+    prompt_scores: list[Score] = field(default_factory=list)  # until the first token is emitted
 
 
 class WorkerDriver:
@@ -122,11 +127,22 @@ class WorkerDriver:
         """The executor is done with a step."""
         run = self._steps.pop(step)
         self.num_steps += 1
+        self._keep_scores(result)
         for rid, token, _ in result.tokens:
             if rid in self._held:
                 self._held[rid].tokens.append(token)
         finished = tuple(rid for rid, _, ended in result.tokens if ended)
         self._decide(StepDone(step, result.elapsed_s, 1, finished, self._filled(run)))
+
+    def _keep_scores(self, result: Result) -> None:
+        for rid, score in result.scores.items():
+            if rid in self._held:
+                held = self._held[rid]
+                held.scores[len(held.tokens)] = score
+        for rid, (first, scores) in result.prompt_scores.items():
+            if rid in self._held:
+                known = self._held[rid].prompt_scores
+                known += scores[1 + len(known) - first :]  # what is computed again after a preemption was scored before
 
     def _decide(self, event: WorkerEvent) -> None:
         now = self._clock()
@@ -140,11 +156,10 @@ class WorkerDriver:
         match order:
             case Run():
                 self._steps[order.step] = order
+                self._note_cached(order)
                 self._ports.run(order)
             case Emit():
-                held = self._held[order.rid]
-                start = held.num_prompt + order.first
-                self._ports.report(order, held.tokens[start : start + order.count].tobytes())
+                self._ports.report(order, self._emitted(self._held[order.rid], order))
             case Finish():
                 self._held.pop(order.rid, None)
                 self._ports.forget(order.rid)
@@ -162,6 +177,25 @@ class WorkerDriver:
             case _:
                 self._tell(order, b"")
 
+    def _note_cached(self, run: Run) -> None:
+        """A sequence that starts behind its first token does so because its prefix was found."""
+        for piece in run.slices:
+            if piece.admit:
+                held = self._held[piece.rid]
+                if held.counts_cache:
+                    held.cached = min(piece.start, held.num_prompt)
+                held.counts_cache = False
+
+    def _emitted(self, held: Held, order: Emit) -> bytes:
+        """The attachment of an Emit: token ids, and what else is known of them."""
+        start = held.num_prompt + order.first
+        places = range(start, start + order.count)
+        ids = held.tokens[start : start + order.count].tobytes()
+        scores = tuple(held.scores.pop(place) for place in places if place in held.scores)
+        if order.first > 0:
+            return pack_emit(ids, Extra(0, scores))
+        return pack_emit(ids, Extra(held.cached, scores, tuple(held.prompt_scores)))
+
     def _tell(self, order: ToPeer, attachment: bytes) -> None:
         """Send a peer what is for it; it hears our name in place of its own."""
         self._ports.tell(order.peer, replace(order, peer=self.policy.spec.name), attachment)
@@ -171,7 +205,8 @@ class WorkerDriver:
         tokens = array("i")
         tokens.frombytes(ticket.tokens)
         parent = place.hashes[-1] if place.hashes else ticket.root
-        self._held[place.rid] = Held(tokens, ticket.num_prompt, len(place.hashes), parent, array("Q"))
+        computes = place.part != Role.DECODE
+        self._held[place.rid] = Held(tokens, ticket.num_prompt, len(place.hashes), parent, array("Q"), computes)
         self._ports.admit(place.rid, tokens.tolist(), ticket.num_prompt, ticket.sampling)
         for early in self._early.pop(place.rid, []):
             self._attach(place.rid, early)

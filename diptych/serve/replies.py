@@ -1,0 +1,100 @@
+"""The bytes of OpenAI's replies and server-sent events. Not responsible for what they say (`exchange.py`), or errors.
+
+`return_token_ids` and `continuous_usage_stats` are vLLM's, and look as they do there.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+
+DONE = b"data: [DONE]\n\n"
+
+_encode = msgspec.json.encode
+
+
+@dataclass(frozen=True, slots=True)
+class Detail:
+    """What a choice says beside its text, where it was asked for."""
+
+    logprobs: Any = None
+    token_ids: list[int] | None = None
+    prompt_ids: list[int] | None = None
+    usage: dict[str, Any] | None = None
+
+
+PLAIN = Detail()
+
+
+def usage(num_prompt: int, num_written: int, num_cached: int) -> dict[str, Any]:
+    """The `usage` object."""
+    return {
+        "prompt_tokens": num_prompt,
+        "completion_tokens": num_written,
+        "total_tokens": num_prompt + num_written,
+        "prompt_tokens_details": {"cached_tokens": num_cached},
+    }
+
+
+def choice(chat: bool, index: int, text: str, finish: str, detail: Detail = PLAIN) -> dict[str, Any]:
+    """One finished answer of a reply that is not streamed."""
+    said = {"message": {"role": "assistant", "content": text}} if chat else {"text": text}
+    ids: dict[str, Any] = {} if detail.token_ids is None else {"token_ids": detail.token_ids}
+    if detail.prompt_ids is not None and not chat:  # a chat has one prompt, and says it once, beside the choices
+        ids["prompt_token_ids"] = detail.prompt_ids
+    return {"index": index, **said, "logprobs": detail.logprobs, "finish_reason": finish, **ids}
+
+
+def reply(head: dict[str, Any], choices: list[dict[str, Any]], used: dict[str, Any], **extra: Any) -> bytes:
+    """The body of a reply that is not streamed; of `extra` what is not None."""
+    given = {name: value for name, value in extra.items() if value is not None}
+    return _encode({**head, "choices": choices, "usage": used, **given})
+
+
+def head(chat: bool, streamed: bool, ident: str, created: int, model: str) -> dict[str, Any]:
+    """What every body or event of one reply begins with."""
+    kind = ("chat.completion.chunk" if streamed else "chat.completion") if chat else "text_completion"
+    return {"id": ident, "object": kind, "created": created, "model": model}
+
+
+class Frames:
+    """The server-sent events of one choice, everything but the text encoded once."""
+
+    __slots__ = ("_chat", "_close", "_open")
+
+    def __init__(self, chat: bool, head: dict[str, Any], index: int, with_usage: bool):
+        self._chat = chat
+        self._open = b"data: " + _encode(head)[:-1] + b',"choices":[{"index":%d,' % index
+        self._close = b',"usage":null}\n\n' if with_usage else b"}\n\n"
+
+    def first(self, detail: Detail = PLAIN) -> bytes:
+        """The event before any text: chat says who speaks."""
+        if not self._chat:
+            return b""
+        return self._event(b'"delta":{"role":"assistant","content":""}', b"null", detail)
+
+    def text(self, text: str, detail: Detail = PLAIN) -> bytes:
+        """More of the answer."""
+        said = b'"delta":{"content":' + _encode(text) + b"}" if self._chat else b'"text":' + _encode(text)
+        return self._event(said, b"null", detail)
+
+    def last(self, finish: str, timings: Any = None, detail: Detail = PLAIN) -> bytes:
+        """The end of the answer."""
+        said = b'"delta":{}' if self._chat else b'"text":""'
+        extra = b"" if timings is None else b',"timings":' + _encode(timings)
+        return self._event(said, b'"' + finish.encode() + b'"', detail, extra)
+
+    def _event(self, said: bytes, finish: bytes, detail: Detail, extra: bytes = b"") -> bytes:
+        scored = b"null" if detail.logprobs is None else _encode(detail.logprobs)
+        inside = b"" if detail.token_ids is None else b',"token_ids":' + _encode(detail.token_ids)
+        if detail.prompt_ids is not None:
+            ids = b',"prompt_token_ids":' + _encode(detail.prompt_ids)
+            inside, extra = (inside, extra + ids) if self._chat else (inside + ids, extra)
+        close = self._close if detail.usage is None else b',"usage":' + _encode(detail.usage) + b"}\n\n"
+        parts = (self._open, said, b',"logprobs":', scored, b',"finish_reason":', finish, inside, b"}]", extra, close)
+        return b"".join(parts)
+
+
+def usage_frame(head: dict[str, Any], used: dict[str, Any]) -> bytes:
+    """The event after all choices where `include_usage` was asked for."""
+    return b"data: " + _encode({**head, "choices": [], "usage": used}) + b"\n\n"

@@ -1,0 +1,92 @@
+"""The OpenAPI document: made from the structs that requests are checked with, so that it cannot say anything else.
+
+Replies are OpenAI's (vLLM's for the tokenizer) and are described as such. Not responsible for checking.
+"""
+
+from functools import lru_cache
+from typing import Any
+
+import msgspec
+
+from diptych import __version__
+from diptych.serve.openai import Call
+from diptych.serve.tokenize import DetokenizeCall, Detokenized, TokenizeCall, Tokenized
+
+_BODIES: dict[str, tuple[type, str, type | None]] = {
+    "/v1/chat/completions": (Call, "Answer a conversation (`messages`), as OpenAI does; streamed or not", None),
+    "/v1/completions": (Call, "Continue a text or token ids (`prompt`), as OpenAI did; streamed or not", None),
+    "/tokenize": (TokenizeCall, "The token ids of a text or a chat", Tokenized),
+    "/detokenize": (DetokenizeCall, "The text of token ids", Detokenized),
+}
+_LOOKS = {
+    "/v1/models": "The model that is served",
+    "/v1/models/{name}": "The same by name",
+    "/health": "200 where a token moved lately or nothing was asked, else 503",
+    "/workers": "How every worker is",
+    "/metrics": "Prometheus",
+    "/version": "The version",
+    "/openapi.json": "This document",
+}
+_REF = "#/components/schemas/{name}"
+_ERROR = {
+    "type": "object",
+    "required": ["error"],
+    "properties": {
+        "error": {
+            "type": "object",
+            "required": ["message", "type", "param", "code"],
+            "properties": {
+                "message": {"type": "string"},
+                "type": {"type": "string"},
+                "param": {"type": ["string", "null"]},
+                "code": {"type": ["string", "null"]},
+            },
+        }
+    },
+}
+
+
+@lru_cache(maxsize=1)
+def document() -> bytes:
+    """The document, as JSON."""
+    kinds = (Call, TokenizeCall, Tokenized, DetokenizeCall, Detokenized)
+    _, components = msgspec.json.schema_components(kinds, ref_template=_REF)
+    paths = {path: {"post": _post(*parts)} for path, parts in _BODIES.items()}
+    paths |= {path: {"get": _get(path, what)} for path, what in _LOOKS.items()}
+    return msgspec.json.encode(
+        {
+            "openapi": "3.1.0",
+            "info": {"title": "Diptych", "version": __version__},
+            "paths": paths,
+            "components": {
+                "schemas": components | {"Error": _ERROR},
+                "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
+            },
+            "security": [{}, {"key": []}],
+        }
+    )
+
+
+def _post(body: type, what: str, answer: type | None) -> dict[str, Any]:
+    known = {} if answer is None else {"schema": _reference(answer.__name__)}
+    return {
+        "summary": what,
+        "requestBody": {"required": True, "content": {"application/json": {"schema": _reference(body.__name__)}}},
+        "responses": {"200": {"description": "OK", "content": {"application/json": known}}, **_errors()},
+    }
+
+
+def _get(path: str, what: str) -> dict[str, Any]:
+    found: dict[str, Any] = {"summary": what, "responses": {"200": {"description": "OK"}, **_errors()}}
+    if "{name}" in path:
+        found["parameters"] = [{"name": "name", "in": "path", "required": True, "schema": {"type": "string"}}]
+    return found
+
+
+def _errors() -> dict[str, Any]:
+    content = {"application/json": {"schema": _reference("Error")}}
+    return {"default": {"description": "OpenAI's error envelope", "content": content}}
+
+
+def _reference(name: str) -> dict[str, str]:
+    return {"$ref": _REF.format(name=name)}
