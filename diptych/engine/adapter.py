@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from diptych.engine.attention import Batch, forward_context, paged_attention
+from diptych.engine.packing import pack_linears
 from diptych.errors import ConfigError, UnsupportedModel
 from diptych.modelfacts import ModelFacts, dtype_bytes, read_facts
 
@@ -76,6 +77,8 @@ def load(model: str | Path, dtype: str | None = None, device: str = "cpu", probe
     module = _load_module(facts, torch_dtype).to(device)
     loaded = Model(facts, module, torch_dtype, torch.device(device))
     _refuse_unsupported(facts, module.config)
+    with torch.inference_mode():
+        pack_linears(module)
     if probe:
         from diptych.engine.probe import check  # it needs Model
 

@@ -1,8 +1,8 @@
 """Before a model serves anyone: a few tokens through our attention, compared with the model's own.
 
 Catches a class that ignores our attention (calls are counted), that masks, positions or scales otherwise, or whose
-heads lie otherwise. Costs four forwards of some twenty tokens. Not responsible for what only long contexts would
-show (windows, scaled rotary tables): `adapter.py` reads those from the configuration.
+heads lie otherwise. Costs six forwards of at most some twenty tokens. Not responsible for what only long
+contexts would show (windows, scaled rotary tables): `adapter.py` reads those from the configuration.
 """
 
 import numpy as np
@@ -23,13 +23,17 @@ TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.2, torch.float16: 0.05}
 
 
 def check(model: Model) -> None:
-    """Raise UnsupportedModel unless one chunk, and a chunk, its sequel and a decode, give the model's own logits."""
+    """Raise UnsupportedModel unless a sequence gives the model's own logits, in one piece and in several.
+
+    The pieces are such that every way of attending is taken: a few new tokens without a past and with one, more of
+    them likewise, and a single one (`attention.lay_out`).
+    """
     facts = model.facts
     # Any ids do; spread over the vocabulary, and all different unless it is tiny.
     ids = [(7 + 37 * i) % facts.vocab for i in range(NUM_TOKENS)]
     try:
         reference = model.reference_logits(ids)
-        for cuts in ([0, NUM_TOKENS], [0, 11, NUM_TOKENS - 1, NUM_TOKENS]):
+        for cuts in ([0, NUM_TOKENS], [0, 5, 15, NUM_TOKENS - 1, NUM_TOKENS]):
             _compare(model, _paged_logits(model, ids, cuts), reference)
     except (RuntimeError, TypeError, AttributeError, IndexError) as error:
         raise UnsupportedModel(f"{facts.folder} fails with our attention: {error}") from error
