@@ -22,36 +22,36 @@ template <class T> struct Products {
         for (int j = 0; j < n; j += TOKENS) {
             Floats acc[W] = {};
             const T *rows[TOKENS];
-            for (int t = 0; t < TOKENS; t++) rows[t] = k + (int64_t)(j + t < n ? j + t : n - 1) * dim;
+            UNROLL for (int t = 0; t < TOKENS; t++) rows[t] = k + (int64_t)(j + t < n ? j + t : n - 1) * dim;
             int d = 0;
             for (; d + W <= dim; d += W)
-                for (int t = 0; t < TOKENS; t++) {
+                UNROLL for (int t = 0; t < TOKENS; t++) {
                     const Floats x = load(rows[t] + d);
-                    for (int r = 0; r < ROWS; r++) acc[r * TOKENS + t] += x * load(q + r * q_stride + d);
+                    UNROLL for (int r = 0; r < ROWS; r++) acc[r * TOKENS + t] += x * load(q + r * q_stride + d);
                 }
             if (d < dim)
-                for (int t = 0; t < TOKENS; t++) {
+                UNROLL for (int t = 0; t < TOKENS; t++) {
                     const Floats x = load_half(rows[t] + d);
-                    for (int r = 0; r < ROWS; r++) acc[r * TOKENS + t] += x * load(q + r * q_stride + d);
+                    UNROLL for (int r = 0; r < ROWS; r++) acc[r * TOKENS + t] += x * load(q + r * q_stride + d);
                 }
             const Floats sums = sums_of(acc);
-            for (int r = 0; r < ROWS; r++) memcpy(out + r * WIDTH + j, (const float *)&sums + r * TOKENS, TOKENS * 4);
+            UNROLL for (int r = 0; r < ROWS; r++) memcpy(out + r * WIDTH + j, (const float *)&sums + r * TOKENS, TOKENS * 4);
         }
     }
 
     template <int ROWS, int C, bool FULL>
     INLINE void add_chunk(float *acc, int64_t stride, const Weight *p, const T *v, int n, int dim) {
         Floats a[ROWS][C];
-        for (int r = 0; r < ROWS; r++)
-            for (int c = 0; c < C; c++) a[r][c] = load(acc + r * stride + c * W);
+        UNROLL for (int r = 0; r < ROWS; r++)
+            UNROLL for (int c = 0; c < C; c++) a[r][c] = load(acc + r * stride + c * W);
         for (int t = 0; t < n; t++)
-            for (int c = 0; c < C; c++) {
+            UNROLL for (int c = 0; c < C; c++) {
                 const T *at = v + (int64_t)t * dim + c * W;
                 const Floats x = FULL ? load(at) : load_half(at);
-                for (int r = 0; r < ROWS; r++) a[r][c] += p[r * WIDTH + t] * x;
+                UNROLL for (int r = 0; r < ROWS; r++) a[r][c] += p[r * WIDTH + t] * x;
             }
-        for (int r = 0; r < ROWS; r++)
-            for (int c = 0; c < C; c++) store(acc + r * stride + c * W, a[r][c]);
+        UNROLL for (int r = 0; r < ROWS; r++)
+            UNROLL for (int c = 0; c < C; c++) store(acc + r * stride + c * W, a[r][c]);
     }
 
     // acc[r] += sum over j < n of p[r][j] * v[j]
@@ -88,19 +88,19 @@ template <> struct Products<bf16> {
         for (int j = 0; j < n; j += TOKENS) {
             Floats acc[W] = {};
             const bf16 *rows[TOKENS];
-            for (int t = 0; t < TOKENS; t++) rows[t] = k + (int64_t)(j + t < n ? j + t : n - 1) * dim;
+            UNROLL for (int t = 0; t < TOKENS; t++) rows[t] = k + (int64_t)(j + t < n ? j + t : n - 1) * dim;
             for (int d = 0; d < dim; d += PAIRS) {
                 const __mmask32 mask = lanes(dim - d);
-                for (int t = 0; t < TOKENS; t++) {
+                UNROLL for (int t = 0; t < TOKENS; t++) {
                     const __m512bh x = (__m512bh)fetch(rows[t] + d, mask);
-                    for (int r = 0; r < ROWS; r++) {
+                    UNROLL for (int r = 0; r < ROWS; r++) {
                         const __m512bh y = (__m512bh)_mm512_loadu_si512(q + r * q_stride + d);
                         acc[r * TOKENS + t] = (Floats)_mm512_dpbf16_ps((__m512)acc[r * TOKENS + t], x, y);
                     }
                 }
             }
             const Floats sums = sums_of(acc);
-            for (int r = 0; r < ROWS; r++) memcpy(out + r * WIDTH + j, (const float *)&sums + r * TOKENS, TOKENS * 4);
+            UNROLL for (int r = 0; r < ROWS; r++) memcpy(out + r * WIDTH + j, (const float *)&sums + r * TOKENS, TOKENS * 4);
         }
     }
 
@@ -108,15 +108,15 @@ template <> struct Products<bf16> {
     template <int ROWS, int C>
     INLINE void add_chunk(float *acc, int64_t stride, const Weight *p, const bf16 *v, int n, int dim, __mmask32 mask) {
         __m512 a[ROWS][C][2];
-        for (int r = 0; r < ROWS; r++)
-            for (int c = 0; c < 2 * C; c++) a[r][c / 2][c % 2] = _mm512_loadu_ps(acc + r * stride + c * W);
+        UNROLL for (int r = 0; r < ROWS; r++)
+            UNROLL for (int c = 0; c < 2 * C; c++) a[r][c / 2][c % 2] = _mm512_loadu_ps(acc + r * stride + c * W);
         for (int t = 0; t < n; t += 2) {
             const int two = t + 1 < n;  // a token without a second is paired with itself, at weight zero
-            for (int c = 0; c < C; c++) {
+            UNROLL for (int c = 0; c < C; c++) {
                 const bf16 *at = v + (int64_t)t * dim + c * PAIRS;
                 const __m512i x = fetch(at, mask), y = fetch(at + two * dim, mask);
                 const __m512bh low = (__m512bh)_mm512_unpacklo_epi16(x, y), high = (__m512bh)_mm512_unpackhi_epi16(x, y);
-                for (int r = 0; r < ROWS; r++) {
+                UNROLL for (int r = 0; r < ROWS; r++) {
                     uint32_t pair;
                     memcpy(&pair, p + r * WIDTH + t, 4);
                     const __m512bh w = (__m512bh)_mm512_set1_epi32((int)(two ? pair : pair & 0xffff));
@@ -125,8 +125,8 @@ template <> struct Products<bf16> {
                 }
             }
         }
-        for (int r = 0; r < ROWS; r++)
-            for (int c = 0; c < 2 * C; c++) _mm512_storeu_ps(acc + r * stride + c * W, a[r][c / 2][c % 2]);
+        UNROLL for (int r = 0; r < ROWS; r++)
+            UNROLL for (int c = 0; c < 2 * C; c++) _mm512_storeu_ps(acc + r * stride + c * W, a[r][c / 2][c % 2]);
     }
 
     template <int ROWS> INLINE void add(float *acc, int64_t stride, const Weight *p, const bf16 *v, int n, int dim) {

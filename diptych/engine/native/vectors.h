@@ -11,6 +11,12 @@
 #endif
 
 #define INLINE static inline __attribute__((always_inline))
+// Before loops over a few vectors, which must end up in registers.
+#if defined(__clang__)
+#define UNROLL _Pragma("clang loop unroll(full)")
+#else
+#define UNROLL _Pragma("GCC unroll 16")
+#endif
 
 #if defined(__AVX512F__)
 constexpr int W = 16, CHUNK = 4;  // lanes; vectors of a row that are accumulated at once (registers allow no more)
@@ -95,15 +101,15 @@ INLINE float max_of(Floats v) { return _mm512_reduce_max_ps((__m512)v); }
 // Lane i becomes the sum of a[i]: four rounds of adding neighbours while transposing.
 INLINE Floats sums_of(const Floats *a) {
     __m512 b[8], c[4], d[2];
-    for (int i = 0; i < 8; i++) {
+    UNROLL for (int i = 0; i < 8; i++) {
         const __m512 x = (__m512)a[2 * i], y = (__m512)a[2 * i + 1];
         b[i] = _mm512_add_ps(_mm512_unpacklo_ps(x, y), _mm512_unpackhi_ps(x, y));
     }
-    for (int i = 0; i < 4; i++) {
+    UNROLL for (int i = 0; i < 4; i++) {
         const __m512d x = _mm512_castps_pd(b[2 * i]), y = _mm512_castps_pd(b[2 * i + 1]);
         c[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(x, y)), _mm512_castpd_ps(_mm512_unpackhi_pd(x, y)));
     }
-    for (int i = 0; i < 2; i++)
+    UNROLL for (int i = 0; i < 2; i++)
         d[i] = _mm512_add_ps(_mm512_shuffle_f32x4(c[2 * i], c[2 * i + 1], 0x88),
                              _mm512_shuffle_f32x4(c[2 * i], c[2 * i + 1], 0xdd));
     return (Floats)_mm512_add_ps(_mm512_shuffle_f32x4(d[0], d[1], 0x88), _mm512_shuffle_f32x4(d[0], d[1], 0xdd));
@@ -119,11 +125,11 @@ INLINE float max_of(Floats v) {
 
 INLINE Floats sums_of(const Floats *a) {
     __m256 b[4], c[2];
-    for (int i = 0; i < 4; i++) {
+    UNROLL for (int i = 0; i < 4; i++) {
         const __m256 x = (__m256)a[2 * i], y = (__m256)a[2 * i + 1];
         b[i] = _mm256_add_ps(_mm256_unpacklo_ps(x, y), _mm256_unpackhi_ps(x, y));
     }
-    for (int i = 0; i < 2; i++) {
+    UNROLL for (int i = 0; i < 2; i++) {
         const __m256d x = _mm256_castps_pd(b[2 * i]), y = _mm256_castps_pd(b[2 * i + 1]);
         c[i] = _mm256_add_ps(_mm256_castpd_ps(_mm256_unpacklo_pd(x, y)), _mm256_castpd_ps(_mm256_unpackhi_pd(x, y)));
     }
