@@ -125,8 +125,9 @@ template <class T> struct Work {
         }
     }
 
+    // Into the second-level cache: a whole tile ahead is too much for the first (measured: a quarter slower there).
     static void fetch(const T *rows, int64_t num_bytes) {
-        for (int64_t at = 0; at < num_bytes; at += 64) __builtin_prefetch((const char *)rows + at, 0, 3);
+        for (int64_t at = 0; at < num_bytes; at += 64) __builtin_prefetch((const char *)rows + at, 0, 2);
     }
 
     // Weights of one row over a tile, and the row's sums scaled to its new maximum.
