@@ -131,7 +131,7 @@ def prompt_of(length, seed):
 def few(request, monkeypatch):
     """Who answers for sequences with few new tokens: the compiled kernel (where there is one), then torch."""
     if request.param == "torch":
-        monkeypatch.setenv("DIPTYCH_KERNEL", "off")
+        monkeypatch.setattr(kernels, "WANTED", "off")
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)

@@ -5,14 +5,13 @@ raw addresses: block ids, shapes and dtypes are checked here, once per step. `fi
 library or the pool is none of its kinds (float32 and bfloat16 on the CPU, head sizes a multiple of 8 up to 256);
 attention then stays in torch, which is slower.
 
-Each instruction set has a library of its own, so that none holds code that its CPU might not run; `DIPTYCH_KERNEL`
-names one (`LEVELS`), or `off`. `python -m diptych.engine.kernels` compiles ahead of the first start. Not responsible for the arithmetic (`native/attention.cpp`), nor for prompts.
+Each instruction set has a library of its own, so that none holds code that its CPU might not run; `WANTED` names
+one (`LEVELS`), or `off`. `python -m diptych.engine.kernels` compiles ahead of the first start. Not responsible for the arithmetic (`native/attention.cpp`), nor for prompts.
 """
 
 import ctypes
 import functools
 import logging
-import os
 import platform
 import sys
 from collections.abc import Sequence
@@ -36,6 +35,7 @@ _AVX2 = ("-mavx2", "-mfma")
 _AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl")
 # Best first: name -> the compiler's flags. Without the `-m` each is the CPU's own name for what it must have.
 LEVELS = {"avx512bf16": (*_AVX512, "-mavx512bf16"), "avx512": _AVX512, "avx2": _AVX2, "baseline": ()}
+WANTED = ""  # a level, "off", or the best that the CPU has; tests and measurements set it
 _SPELT = {"avx512bf16": "avx512_bf16"}
 
 
@@ -70,15 +70,13 @@ def _cpu_flags() -> set[str]:
 
 
 def chosen_level() -> str | None:
-    """The level to use: what DIPTYCH_KERNEL says, otherwise the best that the CPU has; None for `off`."""
-    wanted = os.environ.get("DIPTYCH_KERNEL", "")
+    """The level to use: `WANTED`, otherwise the best that the CPU has; None for `off`. ValueError for any other."""
     here = levels_here()
-    if wanted == "off":
+    if WANTED == "off":
         return None
-    if wanted and wanted not in here:
-        log.warning("DIPTYCH_KERNEL=%s is none of what this CPU can run (%s, off): ignored", wanted, ", ".join(here))
-        wanted = ""
-    return wanted or here[0]
+    if WANTED and WANTED not in here:
+        raise ValueError(f"WANTED is {WANTED!r}; this CPU can run {', '.join(here)}, or off")
+    return WANTED or here[0]
 
 
 @functools.cache
