@@ -5,8 +5,9 @@ raw addresses: block ids, shapes and dtypes are checked here, once per step. `fi
 library or the pool is none of its kinds (float32 and bfloat16 on the CPU, head sizes a multiple of 8 up to 256);
 attention then stays in torch, which is slower.
 
-Each instruction set has a library of its own, so that none holds code that its CPU might not run; `WANTED` names
-one (`LEVELS`), or `off`. `python -m diptych.engine.kernels` compiles ahead of the first start. Not responsible for the arithmetic (`native/attention.cpp`), nor for prompts.
+Each instruction set has a library of its own, so that none holds code that its CPU might not run; `WANTED` names one
+(`LEVELS`), or `off`. `python -m diptych.engine.kernels` compiles ahead of the first start. Not responsible for the
+arithmetic (`native/attention.cpp`), nor for prompts.
 """
 
 import ctypes
