@@ -11,7 +11,7 @@ pytest.importorskip("transformers")
 from checkpoints import ARCHITECTURES, make_checkpoint  # noqa: E402
 from transformers import AutoModelForCausalLM  # noqa: E402
 
-from diptych.engine import adapter, attention  # noqa: E402
+from diptych.engine import adapter, attention, kernels  # noqa: E402
 from diptych.engine.executor import Sampling  # noqa: E402
 from diptych.engine.probe import check  # noqa: E402
 from diptych.engine.torch_executor import TorchExecutor, kv_layout, pages_of  # noqa: E402
@@ -125,8 +125,15 @@ def prompt_of(length, seed):
     return random.Random(seed).choices(range(3, 300), k=length)
 
 
+@pytest.fixture(params=["native", "torch"])
+def few(request, monkeypatch):
+    """Who answers for sequences with few new tokens: the compiled kernel (where there is one), then torch."""
+    if request.param == "torch":
+        monkeypatch.setattr(kernels, "WANTED", "off")
+
+
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_tokens_equal_generate_whatever_the_chunks(arch, models, references):
+def test_tokens_equal_generate_whatever_the_chunks(arch, models, references, few):
     loop = Loop(models[arch])
     for rid, (length, chunk) in enumerate([(1, 1), (8, 8), (61, 10**9), (61, 7), (100, 32), (97, 8)]):
         prompt = prompt_of(length, rid)
@@ -136,7 +143,7 @@ def test_tokens_equal_generate_whatever_the_chunks(arch, models, references):
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_tokens_equal_generate_in_mixed_steps(arch, models, references, monkeypatch):
+def test_tokens_equal_generate_in_mixed_steps(arch, models, references, few, monkeypatch):
     """Sequences arrive one after the other; chunks ride with decodes of very different lengths."""
     monkeypatch.setattr(attention, "GATHER_BYTES", 4 * 8192)  # so that decodes of a step fall into several groups
     loop, rng = Loop(models[arch], num_blocks=100), random.Random(arch)
@@ -217,7 +224,7 @@ def test_kv_moved_to_another_pool_continues_the_answer(models, references):
     references["mistral"].check(prompt, [first, *there.run(0, 9)])
 
 
-def test_stale_bytes_of_a_block_are_never_read(models, references):
+def test_stale_bytes_of_a_block_are_never_read(models, references, few):
     """A pool full of NaN: one multiplication with what was there before would spread it."""
     loop = Loop(models["llama"])
     pages_of(loop.executor.pool).fill_(float("nan"))
@@ -373,10 +380,12 @@ def _with_swapped_heads(monkeypatch):
 def _with_misplaced_slots(monkeypatch):
     original = attention.PagedKV.slot_index
     monkeypatch.setattr(attention.PagedKV, "slot_index", lambda s, b, o: original(s, b, (o + 1) % s.block_size))
+    native = kernels.lay_out
+    monkeypatch.setattr(kernels, "lay_out", lambda kernel, pieces, b, o: native(kernel, pieces, b, (o + 1) % 4))
 
 
 @pytest.mark.parametrize("sabotage", [_without_mask, _without_offset, _with_swapped_heads, _with_misplaced_slots])
-def test_the_probe_notices_broken_attention(models, monkeypatch, sabotage):
+def test_the_probe_notices_broken_attention(models, monkeypatch, few, sabotage):
     check(models["llama"])
     sabotage(monkeypatch)
     with pytest.raises(UnsupportedModel, match="differ from the model's own"):

@@ -84,7 +84,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "transfer": FACTS,
     "sim": FACTS,
     # An executor computes in the pool that the transport exports: memory and its layout are the one thing they share.
-    "engine": FACTS | {"transfer.pool", "transfer.layout"},
+    # Both have C++, and one way to compile it.
+    "engine": FACTS | {"transfer.pool", "transfer.layout", "transfer.native.build"},
     # A paced model's costs are part of a cluster's description; the module knows neither torch nor a process.
     "config": {"policy", "errors", "engine.paced"},
     "serve": EVERYTHING - {"sim", "plan", "bench", "cli", "offline"},

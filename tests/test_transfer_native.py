@@ -239,7 +239,7 @@ def test_without_a_compiler_numpy_does_it_and_says_so_once(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(build, "find_compiler", lambda: None)
-    monkeypatch.setattr(build, "_key", lambda _: "none")  # nothing prebuilt either
+    monkeypatch.setattr(build, "_key", lambda *_: "none")  # nothing prebuilt either
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     native.library.cache_clear()
     try:

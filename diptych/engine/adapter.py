@@ -16,6 +16,7 @@ from torch import Tensor
 
 from diptych.engine.attention import Batch, forward_context, paged_attention
 from diptych.engine.families import class_of
+from diptych.engine.packing import pack_linears
 from diptych.errors import ConfigError
 from diptych.modelfacts import ModelFacts, dtype_bytes, read_facts
 
@@ -65,6 +66,8 @@ def load(model: str | Path, dtype: str | None = None, device: str = "cpu", probe
         raise ConfigError(f"a model cannot compute in {dtype}; use float32 or bfloat16")
     module = _load_module(facts, torch_dtype).to(device)
     loaded = Model(facts, module, torch_dtype, torch.device(device))
+    with torch.inference_mode():
+        pack_linears(module)
     if probe:
         from diptych.engine.probe import check  # it needs Model
 

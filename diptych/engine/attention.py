@@ -1,11 +1,11 @@
-"""Attention over the paged pool, in plain torch: writes a step's keys and values, reads everyone's context.
+"""Attention over the paged pool: writes a step's keys and values, reads everyone's context.
 
-A step's new tokens lie in one row: first decodes (one new token each, batched by similar length), then prompt
-pieces one by one. All indices are made once per step and serve every layer. Sequences never see each other: not
-through masks, and not through stale bytes, since the unwritten tail of a block is zeroed when the block is begun.
-A layer's window is a mask: the KV before it is kept, and gathered, all the same. What torch's fused attention cannot
-do (capped scores, sinks) goes to `plain.py`. A later issue puts C++ under the decodes. Not responsible for block ids,
-positions or the model around it.
+A step's new tokens lie in one row: first those of sequences with few of them (decodes above all), then prompt pieces
+one by one. C++ answers the former (`kernels.py`); where it cannot, torch does, decodes batched by similar length.
+Prompt pieces are torch's either way; what torch's fused attention cannot do (capped scores, sinks) goes to `plain.py`.
+All indices are made once per step and serve every layer. Sequences never see each other: not through masks, and not
+through stale bytes, since the unwritten tail of a block is zeroed when the block is begun. A layer's window is a
+mask: the KV before it is kept all the same. Not responsible for block ids, positions or the model around it.
 """
 
 from collections.abc import Iterator, Sequence
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 
-from diptych.engine import plain
+from diptych.engine import kernels, plain
 from diptych.engine.features import Features, features_of
 from diptych.engine.sequence import Piece
 from diptych.errors import UnsupportedModel
@@ -32,6 +32,7 @@ class PagedKV:
 
     def __init__(self, pages: Tensor) -> None:
         self.pages = pages
+        self.kernel = kernels.find(pages)
         self.num_layers, _, self.num_heads, self.block_size, self.dim = pages.shape[1:]
         self.device, self.dtype = pages.device, pages.dtype
         self._rows = pages.view(-1, self.block_size * self.dim)  # one for each (block, layer, K/V, head)
@@ -196,7 +197,7 @@ class Batch:
     kv: PagedKV
     positions: Tensor  # int64 [tokens]
     token_ids: Tensor  # int64 [tokens]
-    slots: Tensor
+    store: kernels.NativeStep | Tensor  # the native call, which also answers its pieces; or torch's slot index
     segments: list[Decodes | Fresh | Chunk]
     last: list[int]
     num_calls: int = field(default=0)
@@ -204,8 +205,13 @@ class Batch:
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, features: Features) -> Tensor:
         """query [heads, tokens, dim], key and value [KV heads, tokens, dim] -> [tokens, heads, dim]."""
         self.num_calls += 1
-        self.kv.write(layer, self.slots, key, value)
         out = query.new_empty(query.shape[1], query.shape[0], query.shape[2])
+        if isinstance(self.store, Tensor):
+            self.kv.write(layer, self.store, key, value)
+        else:
+            sinks = None if features.sinks is None else features.sinks.float().contiguous()
+            window, softcap = features.window or 0, features.softcap or 0.0
+            self.store.attend(layer, query, key, value, out, features.scale, window, softcap, sinks)
         for segment in self.segments:
             span = slice(segment.first, segment.end)
             match segment:
@@ -218,8 +224,9 @@ class Batch:
 
 def lay_out(pieces: Sequence[Piece], kv: PagedKV) -> Batch:
     """Make a step's indices, and zero the blocks it begins but does not fill. No loop over tokens or blocks."""
-    decodes = sorted((i for i, p in enumerate(pieces) if _is_decode(p)), key=lambda i: len(pieces[i].blocks))
-    order = decodes + [i for i, p in enumerate(pieces) if not _is_decode(p)]
+    alone = _is_decode if kv.kernel is None else _has_few_tokens
+    small = sorted((i for i, p in enumerate(pieces) if alone(p)), key=lambda i: len(pieces[i].blocks))
+    order = small + [i for i, p in enumerate(pieces) if not alone(p)]
     ordered = [pieces[i] for i in order]
     counts = np.array([p.count for p in ordered])
     ends = counts.cumsum()
@@ -230,18 +237,32 @@ def lay_out(pieces: Sequence[Piece], kv: PagedKV) -> Batch:
     begun = [int(p.blocks[-1]) for p in ordered if p.end % kv.block_size and p.start <= p.end - p.end % kv.block_size]
     if begun:
         kv.clear(begun)
+    store, segments = _segments(ordered, len(small), blocks, positions % kv.block_size, kv)
     return Batch(
         kv,
         torch.from_numpy(positions).to(kv.device),
         torch.tensor([token for p in ordered for token in p.token_ids()], device=kv.device),
-        kv.slot_index(blocks, positions % kv.block_size),
-        [*_decode_groups(ordered[: len(decodes)], kv), *_prompt_segments(ordered, len(decodes), ends - counts, kv)],
+        store,
+        [*segments, *_prompt_segments(ordered, len(small), ends - counts, kv)],
         last.tolist(),
     )
 
 
 def _is_decode(piece: Piece) -> bool:
     return piece.count == 1 and piece.start > 0
+
+
+def _has_few_tokens(piece: Piece) -> bool:
+    return piece.count <= kernels.MAX_QUERIES
+
+
+def _segments(
+    ordered: list[Piece], num_small: int, blocks: np.ndarray, offsets: np.ndarray, kv: PagedKV
+) -> tuple[kernels.NativeStep | Tensor, list[Decodes]]:
+    """How tokens are stored, and what torch computes of the small pieces (nothing, where the kernel does)."""
+    if kv.kernel is not None:
+        return kernels.lay_out(kv.kernel, ordered[:num_small], blocks, offsets), []
+    return kv.slot_index(blocks, offsets), list(_decode_groups(ordered[:num_small], kv))
 
 
 def _prompt_segments(ordered: list[Piece], skip: int, firsts: np.ndarray, kv: PagedKV) -> Iterator[Fresh | Chunk]:

@@ -2,8 +2,8 @@
 
 Catches a class that ignores our attention (calls are counted), that masks, positions or scales otherwise, or whose
 heads lie otherwise. What would show in long contexts only (windows, capped scores) is made to show: for the
-duration of the probe the model's own numbers for them are small. Costs five forwards of some twenty tokens, ten for a
-model that has such numbers. Not responsible for what a configuration says (`families.py`).
+duration of the probe the model's own numbers for them are small. Costs six forwards of at most some twenty tokens,
+twice as many for a model that has such numbers. Not responsible for what a configuration says (`families.py`).
 """
 
 from collections.abc import Iterator
@@ -30,7 +30,11 @@ TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.2, torch.float16: 0.05}
 
 
 def check(model: Model) -> None:
-    """Raise UnsupportedModel unless one chunk, and a chunk, its sequel and a decode, give the model's own logits."""
+    """Raise UnsupportedModel unless a sequence gives the model's own logits, in one piece and in several.
+
+    The pieces are such that every way of attending is taken: a few new tokens without a past and with one, more of
+    them likewise, and a single one (`attention.lay_out`).
+    """
     facts = model.facts
     # Any ids do; spread over the vocabulary, and all different unless it is tiny.
     ids = [(7 + 37 * i) % facts.vocab for i in range(min(NUM_TOKENS, facts.max_positions))]
@@ -47,7 +51,7 @@ def check(model: Model) -> None:
 
 def _check_once(model: Model, ids: list[int]) -> None:
     reference = model.reference_logits(ids)
-    for cuts in ([0, len(ids)], [0, 11, len(ids) - 1, len(ids)]):
+    for cuts in ([0, len(ids)], [0, 5, 15, len(ids) - 1, len(ids)]):
         _compare(model, _paged_logits(model, ids, cuts), reference)
 
 

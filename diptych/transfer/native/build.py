@@ -1,10 +1,11 @@
-"""Finds the compiled copy routines, or compiles them once per machine, source and compiler.
+"""Finds a compiled library, or compiles it once per machine, source and compiler.
 
 Looked for next to the source (a wheel, or `python -m diptych.transfer.native --in-place`), then in a cache folder
 (`$XDG_CACHE_HOME/diptych/native` or `~/.cache/diptych/native`). A build goes to a temporary name and is renamed, under
-a file lock: workers that start together compile once, and nobody loads half a file.
+a file lock: workers that start together compile once, and nobody loads half a file. The copy routines are one
+`Target`, the engine's attention (`engine/kernels.py`) others.
 
-Not responsible for what the library does (`copy.cpp`) nor for doing without it (`__init__.py`).
+Not responsible for what a library does (`copy.cpp`) nor for doing without it (`__init__.py`).
 """
 
 import contextlib
@@ -15,6 +16,7 @@ import shutil
 import subprocess
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
 
@@ -27,29 +29,47 @@ class BuildError(Exception):
     """Why there is no library; never leaves this package."""
 
 
-def find_or_build() -> Path:
-    """The library's path, compiling it if need be (about two seconds). Raises BuildError or OSError."""
-    prebuilt = SOURCE.with_name(f"copy-{_key('')}.so")
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A library to be: one source, the headers it includes, and how to compile it."""
+
+    name: str  # of the file: libraries of one source differ in it
+    source: Path
+    headers: tuple[Path, ...] = ()
+    flags: tuple[str, ...] = FLAGS
+    attempts: tuple[tuple[str, ...], ...] = ((), ("-DDIPTYCH_PORTABLE",))  # further flags, until one compiles
+
+
+COPY = Target("copy", SOURCE)
+
+
+def find_or_build(target: Target = COPY) -> Path:
+    """The library's path, compiling it if need be (a few seconds). Raises BuildError or OSError."""
+    prebuilt = _in_place(target)
     if prebuilt.exists():
         return prebuilt
     compiler = find_compiler()
     if compiler is None:
         raise BuildError("no C++ compiler (c++, g++ or clang++) on the path")
-    library = cache_folder() / f"copy-{_key(compiler)}.so"
+    library = cache_folder() / f"{target.name}-{_key(compiler, target)}.so"
     if not library.exists():
-        build(compiler, library)
+        build(compiler, library, target)
     _refuse_others_files(library)
     return library
 
 
-def build_in_place() -> Path:
+def build_in_place(target: Target = COPY) -> Path:
     """Compile next to the source, for a package that is to be installed without a compiler."""
     compiler = find_compiler()
     if compiler is None:
         raise BuildError("no C++ compiler (c++, g++ or clang++) on the path")
-    library = SOURCE.with_name(f"copy-{_key('')}.so")
-    build(compiler, library)
+    library = _in_place(target)
+    build(compiler, library, target)
     return library
+
+
+def _in_place(target: Target) -> Path:
+    return target.source.with_name(f"{target.name}-{_key('', target)}.so")
 
 
 def find_compiler() -> str | None:
@@ -65,25 +85,25 @@ def cache_folder() -> Path:
     return folder
 
 
-def build(compiler: str, library: Path) -> None:
+def build(compiler: str, library: Path, target: Target = COPY) -> None:
     """Compile the source to `library` unless someone else just did. Raises BuildError with the compiler's words."""
     with _lock(library.with_suffix(".lock")):
         if library.exists():
             return
         unfinished = library.with_suffix(f".{os.getpid()}.tmp")
         try:
-            _compile([compiler, *FLAGS, str(SOURCE), "-o", str(unfinished)])
+            _compile([compiler, *target.flags, str(target.source), "-o", str(unfinished)], target.attempts)
             unfinished.chmod(0o755)  # whatever the umask: see _refuse_others_files
             os.replace(unfinished, library)
         finally:
             unfinished.unlink(missing_ok=True)
 
 
-def _compile(command: list[str]) -> None:
-    """Run the compiler, and again for any CPU of the architecture where the dispatching build fails."""
-    for extra in ([], ["-DDIPTYCH_PORTABLE"]):
+def _compile(command: list[str], attempts: tuple[tuple[str, ...], ...]) -> None:
+    """Run the compiler, and again with other flags where it fails (copies: for any CPU of the architecture)."""
+    for extra in attempts:
         try:
-            done = subprocess.run(command + extra, capture_output=True, text=True, timeout=BUILD_S, check=False)
+            done = subprocess.run([*command, *extra], capture_output=True, text=True, timeout=BUILD_S, check=False)
         except subprocess.TimeoutExpired as error:
             raise BuildError(f"{command[0]} took more than {BUILD_S:.0f} s") from error
         if done.returncode == 0:
@@ -91,13 +111,14 @@ def _compile(command: list[str]) -> None:
     raise BuildError(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")
 
 
-def _key(compiler: str) -> str:
+def _key(compiler: str, target: Target = COPY) -> str:
     """Changes with the source, the flags, the machine and the compiler, without having to run the latter."""
-    about = [platform.system(), platform.machine(), *FLAGS, compiler]
+    about = [platform.system(), platform.machine(), *target.flags, compiler]
     if compiler:
         stat = os.stat(compiler)
         about += [str(stat.st_size), str(stat.st_mtime_ns)]
-    return blake2b(SOURCE.read_bytes() + "\0".join(about).encode(), digest_size=8).hexdigest()
+    text = b"".join(path.read_bytes() for path in (target.source, *target.headers))
+    return blake2b(text + "\0".join(about).encode(), digest_size=8).hexdigest()
 
 
 def _refuse_others_files(library: Path) -> None:

@@ -1,0 +1,240 @@
+"""Attention in C++ for sequences with few new tokens: one native call for each layer and step, with the GIL released.
+
+Decides which library the CPU can run, compiles or finds it (`transfer/native/build.py`), and is the last gate before
+raw addresses: block ids, shapes and dtypes are checked here, once per step. `find(pages)` is None where there is no
+library or the pool is none of its kinds (float32 and bfloat16 on the CPU, head sizes a multiple of 8 up to 256);
+attention then stays in torch, which is slower.
+
+Each instruction set has a library of its own, so that none holds code that its CPU might not run; `WANTED` names one
+(`LEVELS`), or `off`. `python -m diptych.engine.kernels` compiles ahead of the first start. Not responsible for the
+arithmetic (`native/attention.cpp`), nor for prompts.
+"""
+
+import ctypes
+import functools
+import logging
+import platform
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from diptych.engine.sequence import Piece
+from diptych.transfer.native import build
+
+log = logging.getLogger(__name__)
+
+MAX_QUERIES = 8  # new tokens of a sequence; with more of them, gathering its pages for one large product is faster
+_FOLDER = Path(__file__).with_name("native")
+_HEADERS = (_FOLDER / "vectors.h", _FOLDER / "products.h")
+_AVX2 = ("-mavx2", "-mfma")
+_AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl")
+# Best first: name -> the compiler's flags. Without the `-m` each is the CPU's own name for what it must have.
+LEVELS = {"avx512bf16": (*_AVX512, "-mavx512bf16"), "avx512": _AVX512, "avx2": _AVX2, "baseline": ()}
+WANTED = ""  # a level, "off", or the best that the CPU has; tests and measurements set it
+_SPELT = {"avx512bf16": "avx512_bf16"}
+
+
+def target(level: str) -> build.Target:
+    """How the library of one level is built. Without OpenMP it runs on one thread."""
+    source = _FOLDER / "attention.cpp"
+    return build.Target(
+        f"attention-{level}",
+        source,
+        _HEADERS,
+        (*build.FLAGS, *LEVELS[level]),
+        (("-fopenmp",), ("-Wno-unknown-pragmas",)),
+    )
+
+
+def levels_here() -> list[str]:
+    """The levels this CPU can run, best first."""
+    has = _cpu_flags()
+    names = {level: [_SPELT.get(flag[2:], flag[2:]) for flag in flags] for level, flags in LEVELS.items()}
+    return [level for level, needed in names.items() if has.issuperset(needed)]
+
+
+def _cpu_flags() -> set[str]:
+    """What Linux says that the CPU has, and that it keeps in a thread's state."""
+    if platform.machine() not in ("x86_64", "AMD64"):
+        return set()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return set()
+    return set(next((line.partition(":")[2] for line in lines if line.startswith("flags")), "").split())
+
+
+def chosen_level() -> str | None:
+    """The level to use: `WANTED`, otherwise the best that the CPU has; None for `off`. ValueError for any other."""
+    here = levels_here()
+    if WANTED == "off":
+        return None
+    if WANTED and WANTED not in here:
+        raise ValueError(f"WANTED is {WANTED!r}; this CPU can run {', '.join(here)}, or off")
+    return WANTED or here[0]
+
+
+@functools.cache
+def library(level: str) -> ctypes.CDLL | None:
+    """The compiled kernel of one level, or None (said once in the log) where it cannot be had."""
+    try:
+        lib = ctypes.CDLL(str(build.find_or_build(target(level))))
+        lib.diptych_attend.argtypes = [ctypes.c_void_p]
+        lib.diptych_attend.restype = lib.diptych_step_size.restype = ctypes.c_int64
+    except (OSError, RuntimeError, AttributeError, build.BuildError) as error:  # RuntimeError: no home directory
+        log.warning("attention falls back to torch, which is several times slower at decoding: %s", error)
+        return None
+    if lib.diptych_step_size() != ctypes.sizeof(_Step):
+        raise AssertionError("the Step of attention.cpp and that of kernels.py differ")
+    return lib
+
+
+@dataclass(frozen=True, slots=True)
+class Kernel:
+    """The library for one pool's pages. May take the time of a compilation to make, once per machine."""
+
+    pages: Tensor  # [block, layer, K/V, head, token, dim]
+    level: str
+    lib: ctypes.CDLL
+
+
+def find(pages: Tensor, level: str | None = None) -> Kernel | None:
+    """The kernel for these pages, of a level or the best; None where torch must do it."""
+    level = level or chosen_level()
+    dim = pages.shape[-1]
+    fits = pages.device.type == "cpu" and pages.dtype in (torch.float32, torch.bfloat16) and pages.is_contiguous()
+    if level is None or not fits or dim % 8 or not 0 < dim <= 256:
+        return None
+    lib = library(level)
+    return None if lib is None else Kernel(pages, level, lib)
+
+
+class _Step(ctypes.Structure):
+    """What one call is told; attention.cpp has the same, with what each means."""
+
+    _fields_ = [
+        *[("pages", ctypes.c_void_p)],
+        *[(name, ctypes.c_int64) for name in ("is_bf16", "num_layers", "num_kv_heads", "block_size", "dim")],
+        ("num_heads", ctypes.c_int64),
+        *[(name, ctypes.c_void_p) for name in ("key", "value")],
+        *[(name, ctypes.c_int64) for name in ("key_head", "key_token", "value_head", "value_token", "num_tokens")],
+        *[(name, ctypes.c_void_p) for name in ("slots", "query")],
+        *[(name, ctypes.c_int64) for name in ("query_head", "query_token")],
+        ("out", ctypes.c_void_p),
+        ("num_sequences", ctypes.c_int64),
+        *[(name, ctypes.c_void_p) for name in ("first_token", "num_queries", "lengths", "first_block")],
+        *[(name, ctypes.c_void_p) for name in ("tables", "sinks")],
+        *[(name, ctypes.c_int64) for name in ("layer", "window", "num_threads")],
+        *[(name, ctypes.c_float) for name in ("scale", "softcap")],
+    ]
+
+
+@dataclass(slots=True)
+class NativeStep:
+    """A step's native half, laid out once for all layers: every token's slot, and the pieces that the kernel answers.
+
+    Its sequences are the first pieces of the step, in order, of at most `MAX_QUERIES` tokens each.
+    """
+
+    kernel: Kernel
+    arrays: list[NDArray[np.integer]] = field(default_factory=list)  # keeps alive what `args` points to
+    args: _Step = field(default_factory=_Step)
+
+    def attend(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        out: Tensor,
+        scale: float,
+        window: int = 0,
+        softcap: float = 0.0,
+        sinks: Tensor | None = None,
+    ) -> None:
+        """Store keys and values [KV heads, tokens, dim], then fill the first rows of out [tokens, heads, dim].
+
+        query: [heads, tokens, dim]. window: how many tokens a query sees, itself included; 0 for all. softcap: scores
+        become cap * tanh(score / cap); 0 for none. sinks: float32 [heads], a logit each of which nothing is read.
+        """
+        query, key, value = (t if t.stride(2) == 1 else t.contiguous() for t in (query, key, value))
+        self._check(layer, query, key, value, out, sinks)
+        args = self.args
+        args.layer, args.num_heads, args.window, args.scale, args.softcap = layer, len(query), window, scale, softcap
+        args.query, args.key, args.value, args.out = (t.data_ptr() for t in (query, key, value, out))
+        args.query_head, args.query_token, _ = query.stride()
+        args.key_head, args.key_token, _ = key.stride()
+        args.value_head, args.value_token, _ = value.stride()
+        args.sinks = None if sinks is None else sinks.data_ptr()
+        if self.kernel.lib.diptych_attend(ctypes.addressof(args)):
+            raise MemoryError("attention: no memory for partial results")
+
+    def _check(self, layer: int, query: Tensor, key: Tensor, value: Tensor, out: Tensor, sinks: Tensor | None) -> None:
+        args, dtype = self.args, self.kernel.pages.dtype
+        heads, shape = query.shape[0], (args.num_kv_heads, args.num_tokens, args.dim)
+        if key.shape != shape or value.shape != shape or query.shape[1:] != shape[1:] or heads % shape[0]:
+            raise ValueError(f"attention over {shape}: query {query.shape}, key {key.shape}, value {value.shape}")
+        if not query.dtype == key.dtype == value.dtype == out.dtype == dtype or not 0 <= layer < args.num_layers:
+            raise ValueError(f"attention over pages of {dtype}: query {query.dtype}, layer {layer}")
+        if out.shape != (shape[1], heads, shape[2]) or not out.is_contiguous():
+            raise ValueError(f"attention writes [tokens, heads, dim], contiguous, not {out.shape}")
+        if sinks is not None and (sinks.dtype != torch.float32 or sinks.shape != (heads,) or not sinks.is_contiguous()):
+            raise ValueError(f"sinks must be float32 [{heads}]")
+
+
+def lay_out(
+    kernel: Kernel, pieces: Sequence[Piece], blocks: NDArray[np.int32], offsets: NDArray[np.int64]
+) -> NativeStep:
+    """Lay out a step. pieces: those the kernel answers, first in the step; blocks, offsets: of each of its tokens."""
+    num_blocks, num_layers, _, num_heads, block_size, dim = kernel.pages.shape
+    tables = np.concatenate([blocks, *(piece.blocks for piece in pieces)])
+    if len(tables) and (int(tables.min()) < 0 or int(tables.max()) >= num_blocks):
+        raise IndexError(f"block ids {tables.min()} to {tables.max()} are not all among {num_blocks} blocks")
+    slots = (blocks.astype(np.int64) * (num_layers * 2 * num_heads * block_size) + offsets) * dim
+    counts = [piece.count for piece in pieces]
+    widths = [len(piece.blocks) for piece in pieces]
+    if any(piece.end > width * block_size for piece, width in zip(pieces, widths, strict=True)):
+        raise IndexError("a sequence has more tokens than its blocks hold")
+    starts = [_starts(counts), counts, [piece.end for piece in pieces], _starts(widths, len(blocks))]
+    about = np.array(starts, np.int64).reshape(4, -1)
+    step = NativeStep(kernel, [tables, slots, about])
+    args = step.args
+    args.pages, args.is_bf16 = kernel.pages.data_ptr(), kernel.pages.dtype == torch.bfloat16
+    args.num_layers, args.num_kv_heads, args.block_size, args.dim = num_layers, num_heads, block_size, dim
+    args.slots, args.num_tokens, args.tables = slots.ctypes.data, len(slots), tables.ctypes.data
+    args.num_sequences, args.num_threads = len(pieces), torch.get_num_threads()
+    args.first_token, args.num_queries, args.lengths, args.first_block = (
+        about.ctypes.data + row * about.strides[0] for row in range(4)
+    )
+    return step
+
+
+def _starts(sizes: list[int], first: int = 0) -> list[int]:
+    """Where each begins when they lie one after the other."""
+    starts = []
+    for size in sizes:
+        starts.append(first)
+        first += size
+    return starts
+
+
+def main() -> int:
+    """`python -m diptych.engine.kernels [--in-place]`: build this CPU's library, or all of them next to the source."""
+    in_place = "--in-place" in sys.argv[1:]
+    try:
+        for level in LEVELS if in_place else levels_here()[:1]:
+            print((build.build_in_place if in_place else build.find_or_build)(target(level)))
+    except (OSError, RuntimeError, build.BuildError) as error:
+        print(f"could not build the attention kernel: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
