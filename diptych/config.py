@@ -260,5 +260,6 @@ def _check(workers: tuple[WorkerConfig, ...]) -> None:
         raise ConfigError("a cluster needs at least one worker")
     if (Role.PREFILL in roles) != (Role.DECODE in roles):
         raise ConfigError("prefill and decode workers only work in pairs: give at least one of each, or mixed workers")
-    if len({worker.block_size for worker in workers}) > 1:
-        raise ConfigError("all workers of a cluster need the same block_size")
+    for key in ("block_size", "dtype"):
+        if len({getattr(worker, key) for worker in workers}) > 1:
+            raise ConfigError(f"all workers of a cluster need the same {key}: their KV has to fit together")

@@ -197,6 +197,8 @@ class Journal:
 
     def close(self) -> None:
         """Write what is buffered and stop."""
+        if self._owed:
+            self._append(Entry(0.0, msgspec.Raw(_NIL), [], self._owed))
         self._stop.set()
         self._thread.join()
         self._file.close()
@@ -211,6 +213,7 @@ class Journal:
         file = (self._folder / name).open("wb")
         header = self._encoder.encode(self._header)
         file.write(MAGIC + _LENGTH.pack(len(header)) + header)
+        file.flush()  # a process that is killed at once leaves a readable journal without events
         return file
 
     def _write(self) -> None:
@@ -245,6 +248,12 @@ class Recording:
                 if entry.num_lost:
                     raise ConfigError(f"{segment}: {entry.num_lost} events were lost here; it cannot be replayed")
                 yield entry.now, POLICY.decode(bytes(entry.event)), [POLICY.decode(bytes(o)) for o in entry.orders]
+
+
+def refuse_used(folder: Path) -> None:
+    """Raise ConfigError if a folder holds journals of another run: the two would be read as one."""
+    if any(folder.glob(f"*{SUFFIX}")):
+        raise ConfigError(f"{folder} holds the journals of an earlier run; give another folder, or empty it")
 
 
 def read_journals(path: Path) -> list[Recording]:

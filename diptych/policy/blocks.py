@@ -158,7 +158,7 @@ class BlockPool:
         assert all(self._hash_of[block] == digest for digest, block in self._by_hash.items())
 
     def balanced(self) -> bool:
-        """The cheap form of `check`: the counts add up (O(1); a live worker asks when it idles)."""
+        """The cheap form of `check`: the counts add up (O(1); `/workers` says so)."""
         return (
             sum(self._count) == self.num_blocks
             and len(self._free) == self._count[State.FREE]

@@ -206,7 +206,10 @@ class Router:
             self._send(request, num_tokens, prefill, Role.PREFILL, decode)
             self._charge(request, prefill, decode, num_tokens)
         elif self.num_paths():
-            self._reject(now, request, 400, f"{need} tokens (prompt and answer) do not fit into any worker's KV memory")
+            status = 503 if request.attempt else 400  # it did fit once: what is left of the cluster is too small
+            self._reject(
+                now, request, status, f"{need} tokens (prompt and answer) do not fit into any worker's KV memory"
+            )
         else:
             self._reject(now, request, 503, "no worker is up; try again later")
 

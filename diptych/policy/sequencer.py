@@ -35,6 +35,8 @@ class Sequencer(Generic[T]):
             head, attached = self._ahead.pop(0)
             ready.append((head, attached))
             self._next += head.count if isinstance(head, Emit) else 0
+        if self._ahead and _position(self._ahead[0][0]) < self._next:
+            raise ValueError(f"token {_position(self._ahead[0][0])} twice, {self._next} is next")
         return ready
 
 

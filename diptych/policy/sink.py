@@ -70,12 +70,6 @@ class Sink:
         self._early: dict[int, list[Publish]] = {}  # a peer spoke of it before our own Place came
         self._early_until: deque[tuple[float, int]] = deque()
 
-    def __contains__(self, rid: int) -> bool:
-        return rid in self._incoming
-
-    def __getitem__(self, rid: int) -> Incoming:
-        return self._incoming[rid]
-
     def get(self, rid: int) -> Incoming | None:
         """The incoming sequence of that id, if it is one."""
         return self._incoming.get(rid)

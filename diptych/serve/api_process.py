@@ -4,6 +4,7 @@ Not responsible for HTTP (`api.py`) or for placing requests (the router).
 """
 
 import asyncio
+import contextlib
 import itertools
 import logging
 import socket
@@ -32,6 +33,7 @@ class RouterFrontend:
     """Implements `Frontend` over a channel to the router."""
 
     def __init__(self) -> None:
+        self.lost = asyncio.Event()  # the router is gone for good
         self._channel: Channel | None = None
         self._streams: dict[int, asyncio.Queue[Chunk]] = {}
         self._reports: dict[int, asyncio.Future[dict[str, Any]]] = {}
@@ -123,6 +125,7 @@ class RouterFrontend:
         for stream in self._streams.values():
             stream.put_nowait(Chunk([], None, (503, "the router is gone; try again later")))
         self._streams.clear()
+        self.lost.set()
 
 
 async def serve(orders: process.Orders) -> None:
@@ -137,16 +140,17 @@ async def serve(orders: process.Orders) -> None:
     server.config.timeout_graceful_shutdown = STOP_S
     listening = None if orders.fd is None else [socket.socket(fileno=orders.fd)]
     serving = asyncio.ensure_future(server.serve(listening))
-    try:
-        await asyncio.shield(serving)
-    except asyncio.CancelledError:
-        server.should_exit = True
-        await serving
+    lost = asyncio.ensure_future(frontend.lost.wait())
+    with contextlib.suppress(asyncio.CancelledError):
+        await asyncio.wait({serving, lost}, return_when=asyncio.FIRST_COMPLETED)
+    lost.cancel()
+    server.should_exit = True  # without a router there is nothing to serve: the supervisor is to notice
+    await serving
 
 
 def main() -> None:
     """The process's entry."""
-    process.run(serve)
+    process.run(serve, fragile=False)  # one request's failure is not the others'
 
 
 if __name__ == "__main__":

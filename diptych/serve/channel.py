@@ -10,7 +10,7 @@ import hmac
 import os
 import socket
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from diptych import journal
@@ -19,6 +19,7 @@ from diptych.serve.wire import CODEC, Hello, Welcome
 
 _LENGTH = struct.Struct("<I")
 _HELLO_BYTES = 4096  # a stranger may not make us read more than this
+_FRAME_BYTES = 8 << 20  # a frame that has this much is sent, and another one begun
 _BACKLOG_BYTES = 256 << 20  # unsent bytes at which the other side counts as lost
 
 Heard = Callable[[Any, memoryview], None]
@@ -31,7 +32,6 @@ class Channel(asyncio.Protocol):
         self.name = ""
         self.heard: Heard = lambda message, attachment: None
         self.lost: Callable[[str], None] = lambda why: None
-        self.num_sent = self.num_sent_bytes = 0
         self._on_open = on_open
         self._transport: asyncio.Transport | None = None
         self._queue: list[tuple[bytes, bytes]] = []
@@ -51,10 +51,8 @@ class Channel(asyncio.Protocol):
         queue, self._queue = self._queue, []
         if not queue or self._transport is None or self._transport.is_closing():
             return
-        data = journal.frame(queue)
-        self.num_sent += 1
-        self.num_sent_bytes += len(data)
-        self._transport.write(data)
+        for entries in _in_frames(queue):
+            self._transport.write(journal.frame(entries))
         if self._transport.get_write_buffer_size() > _BACKLOG_BYTES:
             self.close("it does not read what it is sent")
 
@@ -139,10 +137,16 @@ async def call(address: str, hello: Hello, accept: Callable[[Channel], None], ti
     loop = asyncio.get_running_loop()
     welcomed: asyncio.Future[None] = loop.create_future()
 
+    channels: list[Channel] = []
+
     def opened(channel: Channel) -> None:
+        channels.append(channel)
+
         def first(message: Any, attachment: memoryview) -> None:
             if not isinstance(message, Welcome):
                 raise ProtocolError("it did not say welcome")
+            if welcomed.done():
+                raise ProtocolError("it answered too late")
             channel.name = message.name
             channel.trust()
             accept(channel)
@@ -163,9 +167,25 @@ async def call(address: str, hello: Hello, accept: Callable[[Channel], None], ti
             await welcomed
             return channel
     except TimeoutError:
+        welcomed.cancel()
+        for channel in channels:
+            channel.close()
         raise PeerLost(f"{address} did not answer within {timeout_s:g} s") from None
     except OSError as error:
         raise PeerLost(f"{address} cannot be reached: {error}") from error
+
+
+def _in_frames(queue: list[tuple[bytes, bytes]]) -> Iterator[list[tuple[bytes, bytes]]]:
+    """Almost always one frame; more where a thousand prompts go out in one turn."""
+    frame: list[tuple[bytes, bytes]] = []
+    size = 0
+    for entry in queue:
+        if frame and size > _FRAME_BYTES:
+            yield frame
+            frame, size = [], 0
+        frame.append(entry)
+        size += len(entry[0]) + len(entry[1])
+    yield frame
 
 
 def _split(address: str) -> tuple[str, str]:

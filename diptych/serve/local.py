@@ -144,9 +144,10 @@ class LocalCluster:
 
     def cancel(self, answer: Answer) -> None:
         """Stop a request."""
-        for number, known in self._answers.items():
-            if known is answer and not answer.over:
+        for number, known in list(self._answers.items()):
+            if known is answer:
                 answer.reason = Reason.CANCELLED
+                del self._answers[number]
                 self.router.cancel(number)
 
     def step(self) -> bool:
@@ -187,7 +188,9 @@ class LocalCluster:
         self.later(lambda: self.workers[worker].on(order, attachment))
 
     def deliver(self, client: Any, message: Deliver, attachment: bytes) -> None:
-        answer = self._answers[client]
+        answer = self._answers.get(client)
+        if answer is None:
+            return  # cancelled
         tokens, extra = unpack_emit(message.count, attachment)
         answer.tokens += tokens
         answer.scores += extra.scores
@@ -195,8 +198,10 @@ class LocalCluster:
         answer.cached = max(answer.cached, extra.cached)
         if message.status:
             answer.error = BadRequest(message.why) if message.status == 400 else DiptychError(message.why)
-        elif message.reason and answer.reason is None:
+        elif message.reason:
             answer.reason = Reason(message.reason)
+        if answer.over:
+            del self._answers[client]
 
     def _tick(self) -> None:
         now = self.clock()

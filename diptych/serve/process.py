@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 from collections.abc import Awaitable, Callable
+from typing import Any
 
 import msgspec
 import uvloop
@@ -20,6 +21,8 @@ from diptych.config import Cluster
 from diptych.errors import DiptychError
 
 _PR_SET_PDEATHSIG = 1
+
+log = logging.getLogger(__name__)
 
 
 class Orders(msgspec.Struct, frozen=True):
@@ -38,10 +41,14 @@ class Orders(msgspec.Struct, frozen=True):
         return f"unix:{self.runtime}/router.sock"
 
 
-def run(main: Callable[[Orders], Awaitable[None]], prepare: Callable[[Orders], object] | None = None) -> None:
+def run(
+    main: Callable[[Orders], Awaitable[None]],
+    prepare: Callable[[Orders], object] | None = None,
+    fragile: bool = True,
+) -> None:
     """Read orders from standard input and run `main` until it ends; a DiptychError ends the process with its message.
 
-    `prepare` runs before the event loop does (importing, loading).
+    `prepare` runs before the event loop does (importing, loading). fragile: an exception nobody caught ends it too.
     """
     orders = msgspec.json.decode(sys.stdin.buffer.read(), type=Orders)
     die_with_parent()
@@ -50,16 +57,25 @@ def run(main: Callable[[Orders], Awaitable[None]], prepare: Callable[[Orders], o
     try:
         if prepare is not None:
             prepare(orders)
-        uvloop.run(_until_told(main(orders)))
+        uvloop.run(_until_told(main(orders), fragile))
     except DiptychError as error:
         print(f"diptych {orders.name}: {error}", file=sys.stderr, flush=True)
         os._exit(3)
 
 
-async def _until_told(main: Awaitable[None]) -> None:
+def _die(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    """An event that was handled halfway leaves a state nobody planned for: end, and let others take over."""
+    log.critical("%s; this process ends", context.get("message"), exc_info=context.get("exception"))
+    os._exit(1)
+
+
+async def _until_told(main: Awaitable[None], fragile: bool) -> None:
     """Run `main` until it ends or SIGTERM comes; then it is cancelled and may clean up."""
     task = asyncio.ensure_future(main)
-    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
+    loop = asyncio.get_running_loop()
+    loop.add_signal_handler(signal.SIGTERM, task.cancel)
+    if fragile:
+        loop.set_exception_handler(_die)
     with contextlib.suppress(asyncio.CancelledError):
         await task
 

@@ -5,6 +5,7 @@ are needed, so if one of them ends everything stops with a reason. Not responsib
 by address is what a cluster manager starts.
 """
 
+import contextlib
 import http.client
 import os
 import secrets
@@ -14,9 +15,11 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -24,6 +27,7 @@ import msgspec
 
 from diptych.config import Cluster
 from diptych.errors import ConfigError, DiptychError
+from diptych.journal import refuse_used
 from diptych.serve.process import Orders
 
 START_S = 120.0  # how long a cluster may take to be ready (loading a large model)
@@ -55,16 +59,23 @@ class Supervisor:
     children: list[Child] = field(default_factory=list)
 
     def __enter__(self) -> "Supervisor":
+        if self.cluster.journal:
+            refuse_used(Path(self.cluster.journal))
         self._socket = _listen(self.cluster.host, self.cluster.port)
         self.port: int = self._socket.getsockname()[1]
         self.runtime = tempfile.mkdtemp(prefix="diptych-")
         self.key = secrets.token_hex(16)
-        self._start(Child("router", "diptych.serve.router_process"))
-        self._wait_for_router()
-        for worker in self.cluster.workers:
-            self._start(Child(worker.name, "diptych.serve.worker_process"))
-        self._start(Child("api", "diptych.serve.api_process"))
-        self._socket.close()  # the API process has it
+        try:
+            self._start(Child("router", "diptych.serve.router_process"))
+            self._wait_for_router()
+            for worker in self.cluster.workers:
+                self._start(Child(worker.name, "diptych.serve.worker_process"))
+            self._start(Child("api", "diptych.serve.api_process"))
+        except BaseException:
+            self.stop()
+            raise
+        finally:
+            self._socket.close()  # the API process has it
         return self
 
     def __exit__(
@@ -97,16 +108,16 @@ class Supervisor:
 
     def stop(self) -> None:
         """Stop everything: the door first, then the workers, then the router."""
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # being told twice is no reason to stop halfway
-        by_order = {"api": 0, "router": 2}
-        for order in (0, 1, 2):
-            group = [c for c in self.children if c.process and by_order.get(c.name, 1) == order]
-            for child in group:
-                _signal(child, signal.SIGTERM)
-            deadline = time.monotonic() + STOP_S
-            for child in group:
-                _wait(child, deadline)
-        shutil.rmtree(self.runtime, ignore_errors=True)
+        with _undisturbed():
+            by_order = {"api": 0, "router": 2}
+            for order in (0, 1, 2):
+                group = [c for c in self.children if c.process and by_order.get(c.name, 1) == order]
+                for child in group:
+                    _signal(child, signal.SIGTERM)
+                deadline = time.monotonic() + STOP_S
+                for child in group:
+                    _wait(child, deadline)
+            shutil.rmtree(self.runtime, ignore_errors=True)
 
     def _start(self, child: Child) -> None:
         fds = (self._socket.fileno(),) if child.name == "api" else ()
@@ -162,7 +173,8 @@ class Supervisor:
         """JSON from the API, or None while it does not answer yet."""
         connection = http.client.HTTPConnection(self.cluster.host, self.port, timeout=5)
         try:
-            connection.request("GET", path)
+            key = self.cluster.api_key
+            connection.request("GET", path, headers={"Authorization": f"Bearer {key}"} if key else {})
             response = connection.getresponse()
             body = response.read()
             return msgspec.json.decode(body) if response.status == 200 else None
@@ -177,6 +189,20 @@ def _environment(cluster: Cluster, name: str) -> dict[str, str]:
     worker = next((w for w in cluster.workers if w.name == name), None)
     threads = str(max(len(worker.cores), 1)) if worker else "1"
     return os.environ | {"OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false"}
+
+
+@contextlib.contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Being told to stop once more is no reason to stop halfway."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _listen(host: str, port: int) -> socket.socket:

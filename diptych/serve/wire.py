@@ -19,7 +19,7 @@ from diptych.errors import ProtocolError
 class Hello:
     """First word on every connection: who is calling, and the cluster's key."""
 
-    kind: str  # "worker", "api", "peer" or "probe"
+    kind: str  # "worker", "api" or "peer"
     name: str
     incarnation: int
     key: str

@@ -260,6 +260,7 @@ class WorkerDriver:
             "preempted": policy.num_preempted,
             "steps": self.num_steps,
             "blocks": policy.pool.counts(),
+            "balanced": policy.pool.balanced(),
             "kv": {
                 "bytes": self.num_kv_bytes,
                 "seconds": self.kv_seconds,

@@ -45,6 +45,7 @@ from diptych.transfer.shm import ShmTransport
 log = logging.getLogger(__name__)
 
 READ_DEADLINE_S = 10.0
+JOIN_S = 5.0  # how long a peer may take to answer, and then to be ready
 _FROM_PEERS = get_args(ToPeer)
 
 
@@ -145,9 +146,12 @@ class WorkerProcess:
     async def _call_peer(self, address: str) -> None:
         ready: asyncio.Future[None] = self._loop.create_future()
         hello = Hello("peer", self._name, self._orders.incarnation, self._orders.key)
-        channel = await call(address, hello, partial(self._meet_peer, ready=ready))
-        channel.say(self._card())
-        await ready
+        try:
+            channel = await call(address, hello, partial(self._meet_peer, ready=ready), JOIN_S)
+            channel.say(self._card())
+            await asyncio.wait_for(ready, JOIN_S)
+        except (TransferError, TimeoutError) as error:  # a peer that is dead or hangs is no reason not to work
+            log.warning("peer at %s: %s", address, error or "it did not get ready in time")
 
     def _called(self, channel: Channel, hello: Hello) -> None:
         self._meet_peer(channel)
@@ -192,6 +196,8 @@ class WorkerProcess:
         channel.heard, channel.lost = heard, lost
 
     def _link(self, link: Link) -> None:
+        if link.name in self._links:
+            self._unlink(self._links[link.name].channel, "it called again")
         self._links[link.name] = link
         link.source.lost.add_done_callback(lambda reason: self._unlink(link.channel, reason.result()))
 

@@ -182,7 +182,7 @@ class Record:
         ends = [t for log in entries.values() for t, event, _ in log if isinstance(event, WorkerLost | PeerLost)]
         end = min(ends, default=float("inf"))  # from here on it is the shutdown
         self._log: dict[str, list[Entry]] = {name: [e for e in log if e[0] < end] for name, log in entries.items()}
-        if any(isinstance(event, Tick) for log in self._log.values() for _, event, _ in log):
+        if any(isinstance(event, Tick) and orders for log in self._log.values() for _, event, orders in log):
             raise ConfigError("timers fired in this run (leases were extended); record one with a longer lease")
         self.num_events = sum(map(len, self._log.values()))
         router = self._log[ROUTER]
