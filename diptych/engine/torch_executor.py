@@ -33,7 +33,7 @@ class TorchExecutor:
     """An `Executor` over a loaded model and a pool of `kv_layout`. `num_threads` is torch's, for the whole process.
 
     On a device other than the CPU the KV lives in device memory and the pool's own bytes are not used: transfers
-    from there are a later issue, and that path has never been run.
+    from there do not exist yet, and that path has never been run.
     """
 
     def __init__(self, model: Model, pool: Pool, num_threads: int | None = None) -> None:
