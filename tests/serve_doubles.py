@@ -59,7 +59,7 @@ def echo(job: Job) -> Iterator[Chunk]:
     for token in job.tokens[: job.max_new - 1]:
         yield Chunk([token])
     if len(job.tokens) < job.max_new and job.sampling.stop_ids:
-        yield Chunk([job.sampling.stop_ids[0]], Reason.STOP, cached=3, record={"prefill": 0.5})
+        yield Chunk([job.sampling.stop_ids[0]], Reason.STOP, cached=3)
     else:
         yield Chunk(job.tokens[job.max_new - 1 : job.max_new], Reason.LENGTH, cached=3)
 

@@ -59,8 +59,8 @@ def test_an_answer_that_ends_by_itself() -> None:
     made = answer()
     assert made.feed(Chunk(TEXT.encode("hello"))) == "hello"
     assert made.finish is None
-    assert made.feed(Chunk([END], Reason.STOP, cached=5, record={"x": 1})) == ""
-    assert (made.finish, made.ended, made.cached, made.record) == ("stop", True, 5, {"x": 1})
+    assert made.feed(Chunk([END], Reason.STOP, cached=5)) == ""
+    assert (made.finish, made.ended, made.cached) == ("stop", True, 5)
     assert made.num_tokens == len(TEXT.encode("hello")) + 1, "the stop token was written too"
 
 

@@ -175,12 +175,10 @@ def test_models(client: openai.OpenAI) -> None:
     assert client.completions.create(model="alias", prompt="hi").model == "alias"
 
 
-def test_priority_salt_and_timings(live: Live) -> None:
-    body = {"prompt": "hello world " * 9, "max_tokens": 500, "priority": 5, "timings": True}
-    got = httpx.post(f"{live.url}/v1/completions", json=body).json()
-    assert got["timings"] == {"prefill": 0.5}
-    streamed = events(httpx.post(f"{live.url}/v1/completions", json=body | {"cache_salt": "me", "stream": True}))
-    assert [event["timings"] for event in streamed[:-1] if "timings" in event] == [{"prefill": 0.5}]
+def test_priority_and_salt(live: Live) -> None:
+    body = {"prompt": "hello world " * 9, "max_tokens": 500, "priority": 5}
+    assert httpx.post(f"{live.url}/v1/completions", json=body).status_code == 200
+    assert events(httpx.post(f"{live.url}/v1/completions", json=body | {"cache_salt": "me", "stream": True}))
     one, other = live.frontend.jobs
     assert one.priority == 5
     assert one.tokens == other.tokens

@@ -5,7 +5,6 @@ from nor for how text is framed (`exchange.py`, `openai.py`).
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 from diptych.engine.executor import Score
 from diptych.errors import Unavailable
@@ -78,7 +77,6 @@ class Answer:
         self.cached = 0
         self.finish: str | None = None
         self.ended = False
-        self.record: dict[str, Any] | None = None
 
     def feed(self, chunk: Chunk) -> str:
         """Take in a chunk; returns the text it adds. Raises what the router says instead of an answer."""
@@ -92,7 +90,6 @@ class Answer:
         if reason is None:
             return self._take(chunk)
         self.ended = True
-        self.record = chunk.record
         if reason is not Reason.STOP and reason is not Reason.LENGTH:
             raise Unavailable(f"the request did not finish: {reason.value}")
         text = self._take(chunk)

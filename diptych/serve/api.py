@@ -94,7 +94,6 @@ class Api:
             streamed=bool(call.stream),
             with_usage=bool(options.include_usage),
             with_usage_always=bool(options.continuous_usage_stats),
-            with_timings=bool(call.timings),
             with_token_ids=bool(call.return_token_ids),
             num_each=call.n or 1,
             echoes=tuple(self._echoed(call, prompts)),

@@ -41,7 +41,6 @@ class Order:
     stops: tuple[str, ...]
     streamed: bool
     with_usage: bool
-    with_timings: bool
     ident: str
     model: str
     created: int
@@ -87,8 +86,7 @@ class Exchange:
             for number, (turn, text) in enumerate(zip(self._turns, texts, strict=True))
         ]
         ids = self._order.jobs[0].tokens if self._order.chat and self._order.with_token_ids else None
-        extra = {"timings": self._timings(), "prompt_token_ids": ids}
-        await wire.reply(replies.reply(self._head, choices, self._usage(), **extra))
+        await wire.reply(replies.reply(self._head, choices, self._usage(), prompt_token_ids=ids))
 
     async def _whole(self, turn: Turn) -> str:
         await turn.begin(self._frontend)
@@ -127,8 +125,7 @@ class Exchange:
             if text or answer.taken:
                 data += frames.text(text, turn.showing.step(answer, used))
             if answer.finish is not None:
-                record = answer.record if self._order.with_timings else None
-                data += frames.last(answer.finish, record, replies.Detail(usage=used))
+                data += frames.last(answer.finish, replies.Detail(usage=used))
             if data:
                 await wire.write(data)
 
@@ -150,12 +147,6 @@ class Exchange:
         leaders = self._turns[:: self._order.num_each]  # several answers to one prompt: it counts once
         cached = sum(turn.answer.cached for turn in leaders)
         return replies.usage(sum(len(turn.job.tokens) for turn in leaders), written, cached)
-
-    def _timings(self) -> Any:
-        if not self._order.with_timings:
-            return None
-        records = [turn.answer.record for turn in self._turns]
-        return records[0] if len(records) == 1 else records
 
 
 class _Wire:

@@ -51,15 +51,14 @@ class Chunk:
     """The next tokens of an answer. The last chunk has a `reason` or an `error` (HTTP status, why).
 
     `tokens` includes the stop token that ended it. `cached`: prompt tokens whose KV was found, said at the latest in
-    the last chunk. `record`: the waterfall of the request, with the last chunk. `scores`: one for each token, where
-    asked for; `prompt_scores`: from the second token of the prompt on, with the first token of the answer.
+    the last chunk. `scores`: one for each token, where asked for; `prompt_scores`: from the second token of the
+    prompt on, with the first token of the answer.
     """
 
     tokens: list[int]
     reason: Reason | None = None
     error: tuple[int, str] | None = None
     cached: int = 0
-    record: dict[str, Any] | None = None
     scores: tuple[Score, ...] = ()
     prompt_scores: tuple[Score, ...] = ()
 

@@ -74,7 +74,6 @@ class Call(msgspec.Struct, kw_only=True):
     guided_regex: str | None = None
     guided_choice: list[str] | None = None
     return_token_ids: bool | None = None
-    timings: bool | None = None  # ours: put the request's waterfall into the reply
     # Known and not supported; the only value let through is the one that changes nothing (see _NEUTRAL).
     best_of: int | None = None
     suffix: str | None = None

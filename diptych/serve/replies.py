@@ -78,18 +78,18 @@ class Frames:
         said = b'"delta":{"content":' + _encode(text) + b"}" if self._chat else b'"text":' + _encode(text)
         return self._event(said, b"null", detail)
 
-    def last(self, finish: str, timings: Any = None, detail: Detail = PLAIN) -> bytes:
+    def last(self, finish: str, detail: Detail = PLAIN) -> bytes:
         """The end of the answer."""
         said = b'"delta":{}' if self._chat else b'"text":""'
-        extra = b"" if timings is None else b',"timings":' + _encode(timings)
-        return self._event(said, b'"' + finish.encode() + b'"', detail, extra)
+        return self._event(said, b'"' + finish.encode() + b'"', detail)
 
-    def _event(self, said: bytes, finish: bytes, detail: Detail, extra: bytes = b"") -> bytes:
+    def _event(self, said: bytes, finish: bytes, detail: Detail) -> bytes:
         scored = b"null" if detail.logprobs is None else _encode(detail.logprobs)
+        extra = b""
         inside = b"" if detail.token_ids is None else b',"token_ids":' + _encode(detail.token_ids)
         if detail.prompt_ids is not None:
             ids = b',"prompt_token_ids":' + _encode(detail.prompt_ids)
-            inside, extra = (inside, extra + ids) if self._chat else (inside + ids, extra)
+            inside, extra = (inside, ids) if self._chat else (inside + ids, b"")
         close = self._close if detail.usage is None else b',"usage":' + _encode(detail.usage) + b"}\n\n"
         parts = (self._open, said, b',"logprobs":', scored, b',"finish_reason":', finish, inside, b"}]", extra, close)
         return b"".join(parts)

@@ -261,6 +261,7 @@ class WorkerDriver:
             "steps": self.num_steps,
             "blocks": policy.pool.counts(),
             "balanced": policy.pool.balanced(),
+            "journal_lost": self._journal.num_lost if self._journal is not None else 0,
             "kv": {
                 "bytes": self.num_kv_bytes,
                 "seconds": self.kv_seconds,
