@@ -58,6 +58,9 @@ _POLICY_TYPES: tuple[type, ...] = (
     messages.Emit,
     messages.Finish,
     messages.Tick,
+    messages.Replicate,
+    messages.Replicated,
+    messages.Release,
 )
 """In the order of their codes: append only."""
 

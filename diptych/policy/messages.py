@@ -45,6 +45,7 @@ class Reason(StrEnum):
     CANCELLED = "cancelled"
     HANDED_OVER = "handed_over"  # prefill side: the decode side has everything
     EXPIRED = "expired"  # prefill side: nobody came for the KV within its lease
+    SUPERSEDED = "superseded"  # a later attempt at the same request came to the same worker
     PEER_LOST = "peer_lost"  # the other half of the pair is gone and this half cannot go on alone
     WORKER_LOST = "worker_lost"
     REFUSED = "refused"  # the worker cannot hold it
@@ -256,6 +257,40 @@ class Beat:
     rids: tuple[int, ...]
 
 
+# --- worker <-> peer: what a death would cost -------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Replicate:
+    """Decode side: these blocks of the answer are full; read them, so that they outlive me.
+
+    They are blocks `first` and following of the sequence. The driver adds their checksums.
+    """
+
+    peer: str
+    rid: int
+    first: int
+    blocks: tuple[int, ...]
+    hashes: tuple[bytes, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Replicated:
+    """Prefill side: I have the oldest `num_blocks` of what you asked me to replicate. (`Drop`: I want no more.)"""
+
+    peer: str
+    rid: int
+    num_blocks: int
+
+
+@dataclass(frozen=True, slots=True)
+class Release:
+    """Decode side: it is over, so nothing of it need be kept."""
+
+    peer: str
+    rid: int
+
+
 @dataclass(frozen=True, slots=True)
 class PeerLost:
     """The connection to a peer ended. Reads from it fail on their own; nobody reads from us over it any more."""
@@ -271,7 +306,6 @@ class Purpose(StrEnum):
 
     HANDOVER = "handover"
     REPLICA = "replica"
-    RETURN = "return"
 
 
 @dataclass(frozen=True, slots=True)
@@ -281,7 +315,7 @@ class Pull:
     pull: int
     rid: int
     peer: str
-    first: int  # index of source[0] among the blocks the peer published for this rid
+    first: int  # index of source[0] among the blocks of the sequence
     source: tuple[int, ...]
     target: tuple[int, ...]
     purpose: Purpose = Purpose.HANDOVER
@@ -364,11 +398,30 @@ WorkerEvent = (
     | Revoke
     | Drop
     | Beat
+    | Replicate
+    | Replicated
+    | Release
     | PeerLost
     | Read
     | ReadFailed
     | Settled
     | Tick
 )
-WorkerOrder = Run | Offer | Publish | Done | Answer | Revoke | Drop | Beat | Pull | CancelPull | Emit | Finish
+WorkerOrder = (
+    Run
+    | Offer
+    | Publish
+    | Done
+    | Answer
+    | Revoke
+    | Drop
+    | Beat
+    | Replicate
+    | Replicated
+    | Release
+    | Pull
+    | CancelPull
+    | Emit
+    | Finish
+)
 Message = RouterEvent | RouterOrder | WorkerEvent | WorkerOrder

@@ -7,7 +7,7 @@ responsible for waiting, nor for any decision.
 
 from array import array
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from diptych.engine.executor import Result, Sampling, Score
 from diptych.journal import Journal
-from diptych.policy.hashes import chain
+from diptych.policy.hashes import block_hashes, chain
 from diptych.policy.messages import (
     Answer,
     Beat,
@@ -29,8 +29,12 @@ from diptych.policy.messages import (
     Place,
     Publish,
     Pull,
+    Purpose,
     Read,
     ReadFailed,
+    Release,
+    Replicate,
+    Replicated,
     Revoke,
     Role,
     Run,
@@ -39,12 +43,12 @@ from diptych.policy.messages import (
     WorkerOrder,
 )
 from diptych.policy.worker import Worker
-from diptych.serve.wire import Extra, pack_emit, pack_ids, unpack_ids, unpack_ticket
+from diptych.serve.wire import Extra, pack_emit, pack_ids, unpack_ids, unpack_sums, unpack_ticket
 from diptych.transfer.seam import Plan
 
 MAX_EARLY = 1024  # requests a peer may speak of before our own Place comes
 
-ToPeer = Offer | Publish | Done | Answer | Revoke | Drop | Beat
+ToPeer = Offer | Publish | Done | Answer | Revoke | Drop | Beat | Replicate | Replicated | Release
 
 
 class Ports(Protocol):
@@ -106,15 +110,22 @@ class WorkerDriver:
         self._journal = journal
         self._held: dict[int, Held] = {}
         self._steps: dict[int, Run] = {}
+        self._copied: dict[tuple[str, int], int] = {}  # checksums of blocks that peers let us replicate
         self._early: OrderedDict[int, list[bytes]] = OrderedDict()  # attachments of Publish that came before Place
 
     def on(self, event: WorkerEvent, attachment: bytes | memoryview = b"") -> None:
         """Take in an event: hand it to policy, and do what it orders."""
         match event:
             case Place():
-                self._placed(event, attachment)
+                event = self._placed(event, attachment)
             case Publish():
                 self._published(event, attachment)
+            case Replicate():
+                self._copied |= zip(
+                    [(event.peer, block) for block in event.blocks],
+                    unpack_sums(attachment, len(event.blocks)),
+                    strict=True,
+                )
             case Read():
                 self.num_transfers += 1
                 self.num_kv_bytes += event.num_bytes
@@ -166,16 +177,21 @@ class WorkerDriver:
                 self._ports.report(order, b"")
             case Publish():
                 self._tell(order, self._describe(order))
+            case Replicate():
+                self._tell(order, self._sums(order.blocks))
             case Pull():
-                sums = self._held[order.rid].checksums[order.first : order.first + len(order.source)]
-                plan = Plan(
-                    np.array(order.source, np.int32), np.array(order.target, np.int32), np.array(sums, np.uint64)
-                )
-                self._ports.pull(order, plan)
+                source, target = np.array(order.source, np.int32), np.array(order.target, np.int32)
+                self._ports.pull(order, Plan(source, target, np.array(self._expected(order), np.uint64)))
             case CancelPull(pull=pull):
                 self._ports.cancel_pull(pull)
             case _:
                 self._tell(order, b"")
+
+    def _expected(self, order: Pull) -> Iterable[int]:
+        """The checksums of the blocks that are to be read."""
+        if order.purpose == Purpose.REPLICA:
+            return [self._copied.pop((order.peer, block)) for block in order.source]
+        return self._held[order.rid].checksums[order.first : order.first + len(order.source)]
 
     def _note_cached(self, run: Run) -> None:
         """A sequence that starts behind its first token does so because its prefix was found."""
@@ -200,16 +216,23 @@ class WorkerDriver:
         """Send a peer what is for it; it hears our name in place of its own."""
         self._ports.tell(order.peer, replace(order, peer=self.policy.spec.name), attachment)
 
-    def _placed(self, place: Place, attachment: bytes | memoryview) -> None:
+    def _placed(self, place: Place, attachment: bytes | memoryview) -> Place:
+        """Take in an attempt; returns it with the hashes of the blocks that earlier attempts filled."""
         ticket = unpack_ticket(attachment)
         tokens = array("i")
         tokens.frombytes(ticket.tokens)
+        size = self.policy.spec.block_size
         parent = place.hashes[-1] if place.hashes else ticket.root
+        if len(place.hashes) >= place.num_prompt // size:  # else no prefix of it is to be found
+            written = block_hashes(tokens[len(place.hashes) * size :], size, parent)
+            parent = written[-1] if written else parent
+            place = replace(place, hashes=place.hashes + written)
         computes = place.part != Role.DECODE
         self._held[place.rid] = Held(tokens, ticket.num_prompt, len(place.hashes), parent, array("Q"), computes)
         self._ports.admit(place.rid, tokens.tolist(), ticket.num_prompt, ticket.sampling)
         for early in self._early.pop(place.rid, []):
             self._attach(place.rid, early)
+        return place
 
     def _published(self, event: Publish, attachment: bytes | memoryview) -> None:
         data = bytes(attachment)
@@ -222,9 +245,11 @@ class WorkerDriver:
 
     def _describe(self, order: Publish) -> bytes:
         """The attachment of a Publish: the blocks' checksums, then (final) the first token as one more number."""
-        sums = self._ports.checksum(np.array(order.blocks, np.int32)).tobytes() if order.blocks else b""
         first = pack_ids([self._held[order.rid].tokens[-1]]) if order.final else b""
-        return sums + first
+        return self._sums(order.blocks) + first
+
+    def _sums(self, blocks: tuple[int, ...]) -> bytes:
+        return self._ports.checksum(np.array(blocks, np.int32)).tobytes() if blocks else b""
 
     def _attach(self, rid: int, data: bytes) -> None:
         held = self._held[rid]

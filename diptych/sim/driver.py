@@ -26,6 +26,9 @@ from diptych.policy.messages import (
     Place,
     Publish,
     Pull,
+    Release,
+    Replicate,
+    Replicated,
     Revoke,
     RouterEvent,
     Run,
@@ -48,7 +51,7 @@ from diptych.sim.router import Report, RouterSide
 from diptych.sim.streams import Stream, Stretch
 from diptych.sim.workload import Arrival
 
-PeerMessage = Offer | Publish | Done | Answer | Revoke | Drop | Beat
+PeerMessage = Offer | Publish | Done | Answer | Revoke | Drop | Beat | Replicate | Replicated | Release
 Observer = Callable[[float, str, Message, Sequence[Message]], None]
 
 
@@ -211,7 +214,7 @@ class Simulation:
         """A message arrives, if the process it was sent to still lives."""
         if machine.alive and machine.incarnation == incarnation:
             if isinstance(event, Place):
-                machine.placed.add(event.rid)
+                event = machine.place(event)
             self.tell(machine, event)
 
     def tell(self, machine: Machine, event: WorkerEvent) -> None:

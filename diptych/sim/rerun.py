@@ -37,6 +37,9 @@ from diptych.policy.messages import (
     Read,
     ReadFailed,
     Reason,
+    Release,
+    Replicate,
+    Replicated,
     Revoke,
     Run,
     Settled,
@@ -54,7 +57,7 @@ from diptych.sim.driver import Simulation, Stuck
 from diptych.sim.machine import Machine
 from diptych.sim.router import ROUTER
 
-PEER_MESSAGES = (Offer, Publish, Done, Answer, Revoke, Drop, Beat)
+PEER_MESSAGES = (Offer, Publish, Done, Answer, Revoke, Drop, Beat, Replicate, Replicated, Release)
 Entry = tuple[float, Message, list[Message]]
 Pair = tuple[str, str]
 
