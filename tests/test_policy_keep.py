@@ -244,10 +244,10 @@ def roomy(pick: Pick) -> World:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("block", range(6))
+@pytest.mark.parametrize("block", range(3))
 def test_a_decode_workers_death_costs_no_prompt(block: int) -> None:
     num_resumed = 0
-    for seed in range(100 * block, 100 * (block + 1)):
+    for seed in range(60 * block, 60 * (block + 1)):
         world = roomy(Random(seed).randint)
         ran: Counter[tuple[int, int]] = Counter()
         resumed: dict[int, int] = {}  # request -> tokens of the answer that were known at its last placement
@@ -277,4 +277,4 @@ def test_a_decode_workers_death_costs_no_prompt(block: int) -> None:
             again = [i for (number, i) in ran if number == request and i >= prompt]
             assert len(twice) <= (0 if num_written else size), (seed, request, twice)
             assert len(again) <= 2 * size, (seed, request, again)
-    assert num_resumed > 50
+    assert num_resumed > 30
