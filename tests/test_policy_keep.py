@@ -29,9 +29,6 @@ from diptych.policy.messages import (
     Read,
     ReadFailed,
     Reason,
-    Release,
-    Replicate,
-    Replicated,
     Role,
     Run,
     Settled,
@@ -42,6 +39,7 @@ from diptych.policy.messages import (
     attempt_id,
     request_of,
 )
+from diptych.policy.retention import Release, Replicate, Replicated
 from diptych.policy.worker import Worker
 from diptych.sim.conditions import WorkerDies
 from diptych.sim.costs import Costs, Link, StepCost

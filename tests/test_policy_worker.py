@@ -21,7 +21,6 @@ from diptych.policy.messages import (
     Read,
     ReadFailed,
     Reason,
-    Release,
     Revoke,
     Role,
     Run,
@@ -32,6 +31,7 @@ from diptych.policy.messages import (
     WorkerEvent,
     WorkerOrder,
 )
+from diptych.policy.retention import Release
 from diptych.policy.worker import Worker
 
 SPEC = WorkerSpec("w", Role.MIXED, num_blocks=16, block_size=4, chunk=None, lease_s=9.0)

@@ -10,7 +10,7 @@ from collections import deque
 from dataclasses import dataclass
 
 from diptych.policy.blocks import BlockPool
-from diptych.policy.messages import Replicate
+from diptych.policy.retention import Replicate
 from diptych.policy.sequence import Sequence
 
 

@@ -24,11 +24,10 @@ from diptych.policy.messages import (
     Drop,
     Pull,
     Purpose,
-    Replicate,
-    Replicated,
     WorkerOrder,
     request_of,
 )
+from diptych.policy.retention import Replicate, Replicated
 from diptych.policy.sequence import Sequence
 
 

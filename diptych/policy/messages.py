@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import NamedTuple
 
+from diptych.policy.retention import Release, Replicate, Replicated
+
 MAX_ATTEMPTS = 64
 
 
@@ -257,40 +259,6 @@ class Beat:
     rids: tuple[int, ...]
 
 
-# --- worker <-> peer: what a death would cost -------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Replicate:
-    """Decode side: these blocks of the answer are full; read them, so that they outlive me.
-
-    They are blocks `first` and following of the sequence. The driver adds their checksums.
-    """
-
-    peer: str
-    rid: int
-    first: int
-    blocks: tuple[int, ...]
-    hashes: tuple[bytes, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Replicated:
-    """Prefill side: I have the oldest `num_blocks` of what you asked me to replicate. (`Drop`: I want no more.)"""
-
-    peer: str
-    rid: int
-    num_blocks: int
-
-
-@dataclass(frozen=True, slots=True)
-class Release:
-    """Decode side: it is over, so nothing of it need be kept."""
-
-    peer: str
-    rid: int
-
-
 @dataclass(frozen=True, slots=True)
 class PeerLost:
     """The connection to a peer ended. Reads from it fail on their own; nobody reads from us over it any more."""
@@ -385,6 +353,7 @@ class Tick:
     """The time an object asked for with `next_deadline()` has come."""
 
 
+Retention = Replicate | Replicated | Release
 RouterEvent = Submitted | Cancelled | WorkerUp | WorkerLost | Progress | Failed | Finish | Tick
 RouterOrder = Place | Cancel | Reject
 WorkerEvent = (
@@ -398,9 +367,7 @@ WorkerEvent = (
     | Revoke
     | Drop
     | Beat
-    | Replicate
-    | Replicated
-    | Release
+    | Retention
     | PeerLost
     | Read
     | ReadFailed
@@ -408,20 +375,6 @@ WorkerEvent = (
     | Tick
 )
 WorkerOrder = (
-    Run
-    | Offer
-    | Publish
-    | Done
-    | Answer
-    | Revoke
-    | Drop
-    | Beat
-    | Replicate
-    | Replicated
-    | Release
-    | Pull
-    | CancelPull
-    | Emit
-    | Finish
-)
+    Run | Offer | Publish | Done | Answer | Revoke | Drop | Beat | Retention | Pull | CancelPull | Emit | Finish
+)  # fmt: skip
 Message = RouterEvent | RouterOrder | WorkerEvent | WorkerOrder

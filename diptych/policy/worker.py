@@ -5,7 +5,7 @@ a sequence on this worker:
 
     Place --> claims --(memory)--> running --(steps)--> finished              part mixed (`memory.py`, `batching.py`)
     Place --> claims --(memory)--> running --> offered --(Done)--> finished   part prefill (`source.py`)
-    Place --> incoming --(reads)--> running --> finished                      part decode (`sink.py`)
+    Place --> incoming --(reads)--> running --> finished                      part decode (`receiver.py`)
 
 Not responsible for computing, moving bytes, waiting or reading a clock.
 """
@@ -34,9 +34,6 @@ from diptych.policy.messages import (
     Read,
     ReadFailed,
     Reason,
-    Release,
-    Replicate,
-    Replicated,
     Revoke,
     Role,
     Run,
@@ -48,8 +45,10 @@ from diptych.policy.messages import (
     WorkerOrder,
 )
 from diptych.policy.pace import StepTimes
+from diptych.policy.receiver import Receiver
+from diptych.policy.retention import Release, Replicate, Replicated
 from diptych.policy.sequence import Sequence
-from diptych.policy.sink import Incoming, Sink
+from diptych.policy.sink import Sink
 from diptych.policy.source import Source
 
 
@@ -70,6 +69,7 @@ class Worker:
         self._next_step = 0
         self._orders: list[WorkerOrder] = []
         self.memory = Memory(spec, self.pool, self.source, self.sink, self.keep, self.times, self._steps, self._orders)
+        self.receiver = Receiver(self.sink, self.keep, self.memory, self.seqs, self._orders, self._end, spec.replicate)
         self._successors: dict[int, Sequence] = {}  # waits until that earlier attempt has let go of its blocks
         self.claims = self.memory.claims
         self.running = self.memory.running
@@ -84,17 +84,17 @@ class Worker:
             case Cancel(rid=rid):
                 self._cancel(now, rid)
             case Publish():
-                self._published(now, event)
+                self.receiver.published(now, event)
             case Read():
-                self._read(now, event.pull)
+                self.receiver.read(now, event.pull)
             case ReadFailed(pull=pull):
-                self._read_failed(now, pull)
+                self.receiver.read_failed(now, pull)
             case Settled(pull=pull):
-                self._settled(now, pull)
+                self.receiver.settled(now, pull)
             case Done():
                 self._done(now, event)
             case Answer():
-                self._answered(now, event)
+                self.receiver.answered(now, event)
             case Drop(rid=rid):
                 self._dropped(now, rid)
             case Replicate():
@@ -104,7 +104,7 @@ class Worker:
             case Release(rid=rid):
                 self._orders += self.keep.release(rid)
             case Revoke():
-                self._revoked(now, event)
+                self.receiver.revoked(now, event)
             case Beat():
                 self._beaten(now, event)
             case PeerLost(peer=peer):
@@ -159,8 +159,7 @@ class Worker:
         if self.pool.blocks_for(seq.target - 1) > self.pool.num_blocks:  # the last token's KV is never written
             self._end(now, seq, Reason.REFUSED)
         elif place.part == Role.DECODE:
-            for event in self.sink.expect(seq, now):
-                self._published(now, event)
+            self.receiver.expect(seq, now)
         else:
             earlier = self._earlier(now, place)
             if earlier is None:
@@ -230,91 +229,6 @@ class Worker:
         else:
             seq.life.climb(Rung.DECODING, now)
 
-    # --- handover: decode side -----------------------------------------------------------------------------------
-
-    def _published(self, now: float, event: Publish) -> None:
-        coming = self.sink.published(event)
-        if coming is None:
-            if event.rid not in self.seqs:
-                self.sink.keep(event, now)
-        elif coming.broken:
-            self._orders += self.sink.give_up(coming, now)
-            self._broken(now, coming)
-        elif coming.lacks or not coming.pledged:
-            self.memory.claim(coming)
-        else:
-            self._orders += self.sink.ask(coming)
-
-    def _read(self, now: float, pull: int) -> None:
-        if self.keep.reads(pull):
-            self._orders += self.keep.read(pull)
-            return
-        coming = self.sink.read(pull, now)
-        self._orders += self.sink.ask(coming) if coming else self.sink.settled(pull, now)
-
-    def _read_failed(self, now: float, pull: int) -> None:
-        if self.keep.reads(pull):
-            self._orders += self.keep.failed(pull)
-            return
-        coming, orders = self.sink.failed(pull, now)
-        self._orders += orders
-        if coming is not None:
-            self._broken(now, coming)
-
-    def _settled(self, now: float, pull: int) -> None:
-        if self.keep.reads(pull):
-            self._orders += self.keep.settled(pull)
-            return
-        self._read_failed(now, pull)  # if it settles without a word before
-        self._orders += self.sink.settled(pull, now)
-
-    def _broken(self, now: float, coming: Incoming) -> None:
-        """It cannot be read: no memory for it until it is all known, then it is computed here."""
-        self.memory.unclaim(coming)
-        if coming.final:
-            self._recompute(now, coming, drop=True)
-
-    def _answered(self, now: float, event: Answer) -> None:
-        coming = self.sink.get(event.rid)
-        if coming is None:
-            return
-        if event.ok:
-            coming.seq.keeper = event.peer
-            self._accept(now, coming)
-        elif coming.final:
-            self._orders += self.sink.give_up(coming, now)
-            self._recompute(now, coming, drop=False)
-        else:
-            self._end(now, coming.seq, Reason.PEER_LOST)  # the source does not know it: its process is a new one
-
-    def _accept(self, now: float, coming: Incoming) -> None:
-        seq = self.sink.accept(coming.seq.rid, now)
-        if seq.keeper and self.spec.replicate:
-            seq.copied = seq.num_tokens // self.pool.block_size
-        seq.arrived()
-        self.memory.seal(seq)
-        seq.life.climb(Rung.DECODING, now)
-        self.memory.start(seq)
-
-    def _recompute(self, now: float, coming: Incoming, drop: bool) -> None:
-        """Its KV could not be read: compute it here, from the tokens, which the driver has."""
-        seq = coming.seq
-        self.memory.unclaim(coming)
-        self._orders += self.sink.forget(coming, now, drop)
-        seq.arrived()
-        seq.restart()
-        seq.life.climb(Rung.QUEUED, now)
-        self.memory.queue(seq)
-
-    def _revoked(self, now: float, event: Revoke) -> None:
-        self.sink.ignore(event.rid)
-        coming = self.sink.get(event.rid)
-        if coming is None:
-            if not self.sink.settling(event.rid):
-                self._orders.append(Drop(event.peer, event.rid))
-        else:
-            self._end(now, coming.seq, Reason.CANCELLED)
-
     # --- handover: prefill side ----------------------------------------------------------------------------------
 
     def _done(self, now: float, event: Done) -> None:
@@ -361,14 +275,7 @@ class Worker:
             self._unfence(now, seq, Reason.PEER_LOST)
         for seq in [seq for seq in self.claims if seq.part == Role.PREFILL and seq.peer == peer]:
             self._end(now, seq, Reason.PEER_LOST)
-        for coming in self.sink.of_peer(peer):
-            if coming.asked:  # verified by checksum: it needs no answer from the dead
-                self._accept(now, coming)
-            elif coming.final:
-                self._orders += [] if coming.broken else self.sink.give_up(coming, now)
-                self._recompute(now, coming, drop=False)
-            else:
-                self._end(now, coming.seq, Reason.PEER_LOST)
+        self.receiver.lose(now, peer)
 
     # --- going out -----------------------------------------------------------------------------------------------
 

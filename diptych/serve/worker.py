@@ -32,9 +32,6 @@ from diptych.policy.messages import (
     Purpose,
     Read,
     ReadFailed,
-    Release,
-    Replicate,
-    Replicated,
     Revoke,
     Role,
     Run,
@@ -42,6 +39,7 @@ from diptych.policy.messages import (
     WorkerEvent,
     WorkerOrder,
 )
+from diptych.policy.retention import Release, Replicate, Replicated
 from diptych.policy.worker import Worker
 from diptych.serve.wire import Extra, pack_emit, pack_ids, unpack_ids, unpack_sums, unpack_ticket
 from diptych.transfer.seam import Plan
@@ -92,6 +90,7 @@ class Held:
     parent: bytes  # the hash of the last of them
     checksums: "array[int]"  # of the peer's published blocks, in order
     counts_cache: bool  # its prompt is computed here, and how much of it was found is not known yet
+    num_known: int  # tokens when it was placed here
     cached: int = 0
     scores: dict[int, Score] = field(default_factory=dict)  # of tokens not emitted yet, by position
     prompt_scores: list[Score] = field(default_factory=list)  # until the first token is emitted
@@ -105,6 +104,7 @@ class WorkerDriver:
         self.num_steps = 0
         self.num_kv_bytes = self.num_transfers = self.num_failed = 0
         self.kv_seconds = 0.0
+        self.resumed = dict.fromkeys(("requests", "prompt_tokens", "written_tokens"), 0)  # computed again, after a loss
         self._ports = ports
         self._clock = clock
         self._journal = journal
@@ -200,7 +200,15 @@ class WorkerDriver:
                 held = self._held[piece.rid]
                 if held.counts_cache:
                     held.cached = min(piece.start, held.num_prompt)
+                    self._note_resumed(held, piece.start)
                 held.counts_cache = False
+
+    def _note_resumed(self, held: Held, start: int) -> None:
+        """Count what an attempt that goes on elsewhere has to compute again. The last token is always computed."""
+        if held.num_known > held.num_prompt:
+            self.resumed["requests"] += 1
+            self.resumed["prompt_tokens"] += max(held.num_prompt - start, 0)
+            self.resumed["written_tokens"] += max(held.num_known - 1 - max(start, held.num_prompt), 0)
 
     def _emitted(self, held: Held, order: Emit) -> bytes:
         """The attachment of an Emit: token ids, and what else is known of them."""
@@ -228,7 +236,9 @@ class WorkerDriver:
             parent = written[-1] if written else parent
             place = replace(place, hashes=place.hashes + written)
         computes = place.part != Role.DECODE
-        self._held[place.rid] = Held(tokens, ticket.num_prompt, len(place.hashes), parent, array("Q"), computes)
+        self._held[place.rid] = Held(
+            tokens, ticket.num_prompt, len(place.hashes), parent, array("Q"), computes, len(tokens)
+        )
         self._ports.admit(place.rid, tokens.tolist(), ticket.num_prompt, ticket.sampling)
         for early in self._early.pop(place.rid, []):
             self._attach(place.rid, early)
@@ -283,6 +293,8 @@ class WorkerDriver:
             "requests": len(policy.seqs),
             "idle": policy.idle_reason(),
             "preempted": policy.num_preempted,
+            "kept": len(policy.keep),
+            "resumed": self.resumed,
             "steps": self.num_steps,
             "blocks": policy.pool.counts(),
             "balanced": policy.pool.balanced(),

@@ -26,9 +26,6 @@ from diptych.policy.messages import (
     Place,
     Publish,
     Pull,
-    Release,
-    Replicate,
-    Replicated,
     Revoke,
     RouterEvent,
     Run,
@@ -40,6 +37,7 @@ from diptych.policy.messages import (
     WorkerUp,
     request_of,
 )
+from diptych.policy.retention import Release, Replicate, Replicated
 from diptych.policy.router import Router, RouterSpec
 from diptych.sim.agenda import Agenda, instant, not_before, seconds
 from diptych.sim.conditions import Calm, ClientGone, Conditions, Happening

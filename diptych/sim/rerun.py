@@ -37,9 +37,6 @@ from diptych.policy.messages import (
     Read,
     ReadFailed,
     Reason,
-    Release,
-    Replicate,
-    Replicated,
     Revoke,
     Run,
     Settled,
@@ -50,6 +47,7 @@ from diptych.policy.messages import (
     WorkerUp,
     request_of,
 )
+from diptych.policy.retention import Release, Replicate, Replicated
 from diptych.sim.agenda import instant
 from diptych.sim.conditions import ClientGone
 from diptych.sim.costs import Costs, Link
