@@ -87,21 +87,19 @@ def test_a_decode_workers_death_costs_no_prompt(tmp_path: Path) -> None:
             for _ in range(24):
                 prompt = [rng.randrange(300) for _ in range(rng.randint(100, 400))]
                 root, hashes = prompt_hashes(prompt, card)
-                jobs.append(Job(prompt, 160, Sampling(), root=root, hashes=hashes))
+                jobs.append(Job(prompt, 400, Sampling(), root=root, hashes=hashes))
             streams = [frontend.submit(job)[1] for job in jobs]
             answers = asyncio.gather(*(answer_of(stream) for stream in streams))
-            while sum(row["requests"] for row in await frontend.workers() if row["role"] == "prefill"):
-                await asyncio.sleep(0.02)  # until every answer is being written
-            for name in ("d0", "d1"):
-                (row,) = [row for row in await frontend.workers() if row["id"] == name]
-                assert row["requests"] > 0
-                os.kill(row["pid"], signal.SIGKILL)
-                await back(supervisor, frontend, name)
+            while sum(row["kept"] for row in await frontend.workers()) < len(jobs):
+                await asyncio.sleep(0.01)  # until every answer is being written
+            (row,) = [row for row in await frontend.workers() if row["id"] == "d0"]
+            os.kill(row["pid"], signal.SIGKILL)
+            await back(supervisor, frontend, "d0")
             for job, (tokens, _) in zip(jobs, await asyncio.wait_for(answers, 60), strict=True):
-                assert tokens == oracle(job.tokens, 160, supervisor.cluster.paced)
+                assert tokens == oracle(job.tokens, 400, supervisor.cluster.paced)
             resumed = [row["resumed"] for row in await settled(frontend) if row["role"] == "prefill"]
             num_resumed = sum(each["requests"] for each in resumed)
-            assert num_resumed >= 12 and sum(each["prompt_tokens"] for each in resumed) == 0
+            assert num_resumed >= 8 and sum(each["prompt_tokens"] for each in resumed) == 0
             assert sum(each["written_tokens"] for each in resumed) <= 2 * card.block_size * num_resumed
 
     with live(topology) as supervisor:
