@@ -40,7 +40,9 @@ from diptych.policy.messages import (
     StepDone,
     Submitted,
     WorkerUp,
+    attempt_id,
 )
+from diptych.policy.retention import Replicate, Replicated
 from diptych.policy.router import Router
 from diptych.policy.worker import Worker
 
@@ -100,10 +102,10 @@ def longest_answer(context: int, batch: int) -> int:
     return 2 * batch * context // CHUNK + NUM_DECODES + 2 * BLOCK
 
 
-def place(worker: str, rid: int, part: Role, peer: str, num_prompt: int, max_new: int) -> Place:
+def place(worker: str, request: int, part: Role, peer: str, num_prompt: int, max_new: int) -> Place:
     """A request without a past."""
-    hashes = digests(rid, num_prompt)
-    return Place(worker, rid, part, peer, num_prompt, num_prompt, max_new, hashes, 0, rid)
+    hashes = digests(request, num_prompt)
+    return Place(worker, attempt_id(request, 0), part, peer, num_prompt, num_prompt, max_new, hashes, 0, request)
 
 
 def probe(name: str, role: Role, context: int, batch: int, tally: Tally) -> Probe:
@@ -129,10 +131,10 @@ def mixed_worker(context: int, batch: int, tally: Tally) -> None:
         seen.update(piece.rid for piece in run.slices)
         tally.weigh(f"Run with a newcomer{ONCE}" if first else "Run prefill", run)
         num_ready += sum(isinstance(order, Emit) and order.first == 0 for order in orders)
-    decode(worker, "decode", batch)
+    decode({}, worker, "decode", batch)
 
 
-def decode(worker: Probe, name: str, batch: int) -> None:
+def decode(probes: dict[str, Probe], worker: Probe, name: str, batch: int) -> None:
     """Steps of one token for each sequence. Blocks become full as they do live; their hashes come with StepDone."""
     worker.step("last prefill")
     for _ in range(NUM_DECODES - 2 * BLOCK):
@@ -140,6 +142,7 @@ def decode(worker: Probe, name: str, batch: int) -> None:
         full = [piece for piece in run.slices if (piece.start + 1) % BLOCK == 0]
         filled = tuple((piece.rid, (piece.rid << 64 | piece.start).to_bytes(16, "big")) for piece in full)
         _, orders = worker.step(name, filled)
+        carry(probes, worker.policy.spec.name, [order for order in orders if isinstance(order, Replicate)])
         assert len(run.slices) == batch
         worker.tally.weigh(f"Run {name}", run)
         for order in orders:
@@ -166,7 +169,7 @@ def pair(context: int, batch: int, tally: Tally) -> None:
         if len(sink.runs[0].slices) == batch:
             break
         sink.step(f"with newcomers{ONCE}")
-    decode(sink, "decode", batch)
+    decode(probes, sink, "decode", batch)
 
 
 def carry(probes: dict[str, Probe], sender: str, orders: list[Any]) -> None:
@@ -174,10 +177,10 @@ def carry(probes: dict[str, Probe], sender: str, orders: list[Any]) -> None:
     queue = deque((sender, order) for order in orders)
     while queue:
         sender, order = queue.popleft()
-        name = type(order).__name__ + ("" if isinstance(order, Publish | Pull) else ONCE)
+        name = type(order).__name__ + ("" if isinstance(order, Publish | Pull | Replicate | Replicated) else ONCE)
         event: Any
         match order:
-            case Publish() | Offer() | Done() | Answer() | Drop():
+            case Publish() | Offer() | Done() | Answer() | Drop() | Replicate() | Replicated():
                 probes[sender].tally.weigh(name, order)
                 target, event = order.peer, replace(order, peer=sender)
             case Pull(pull=pull):

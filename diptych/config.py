@@ -49,6 +49,7 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True):
     itl_budget_s: float | None = None
     lease_s: float = 30.0
     depth: int = 1
+    replicate: bool = True
     kv_bytes: int = 128 << 20
 
     def spec(self, num_blocks: int) -> WorkerSpec:
@@ -63,6 +64,7 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True):
             itl_budget_s=self.itl_budget_s,
             lease_s=self.lease_s,
             depth=self.depth,
+            replicate=self.replicate,
         )
 
 
@@ -110,6 +112,7 @@ class _Defaults(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     itl_budget: float | None = None  # seconds
     lease: float | None = None  # seconds
     depth: int | None = None
+    replicate: bool | None = None
     kv_memory: int | str | None = None
 
 
@@ -235,6 +238,7 @@ def _worker(name: str, own: _Worker, file: _File, cores: tuple[int, ...]) -> Wor
         itl_budget_s=setting("itl_budget", None),
         lease_s=setting("lease", 30.0),
         depth=setting("depth", 1),
+        replicate=setting("replicate", True),
         kv_bytes=parse_bytes(setting("kv_memory", 128 << 20)),
     )
     positive = {"chunk": config.chunk or 1, "block_size": config.block_size, "max_batch": config.max_batch}

@@ -22,6 +22,7 @@ from diptych.policy.messages import (
     PeerLost,
     Place,
     Pull,
+    Purpose,
     Role,
     Run,
     Settled,
@@ -221,19 +222,24 @@ class Witness:
         whole = True
         for offset, (origin, block) in enumerate(zip(pull.source, pull.target, strict=True)):
             target[block] = [GARBAGE] * self._size if why else list(source[origin])
-            whole &= self._holds(source[origin], pull.rid, pull.first + offset)
+            whole &= self._holds(source[origin], pull, pull.first + offset)
         if not whole:
             assert (pull.peer, pull.rid) in self._expired or not self._live(reader, pull), f"{pull} found other KV"
             return "checksum"
         return why
 
     def _live(self, reader: str, pull: Pull) -> bool:
-        reading = self._worker(reader).sink._reads.get(pull.pull)
+        worker = self._worker(reader)
+        if pull.purpose == Purpose.REPLICA:
+            return worker.keep._reads[pull.pull].kept is not None
+        reading = worker.sink._reads.get(pull.pull)
         return reading is not None and reading.live
 
-    def _holds(self, page: list[Tag | None], rid: int, index: int) -> bool:
-        known = self._places[rid].num_tokens - index * self._size
-        return page[:known] == [self._tag(rid, index * self._size + i) for i in range(min(known, self._size))]
+    def _holds(self, page: list[Tag | None], pull: Pull, index: int) -> bool:
+        known = self._size
+        if pull.purpose == Purpose.HANDOVER:
+            known = min(known, self._places[pull.rid].num_tokens - index * self._size)
+        return page[:known] == [self._tag(pull.rid, index * self._size + i) for i in range(known)]
 
     # --- observer
 
@@ -259,7 +265,8 @@ class Witness:
                 self._places[order.rid] = order
 
     def _watch_leases(self, name: str, event: Message) -> None:
-        now_open = set(self._worker(name).source._offers)
+        worker = self._worker(name)
+        now_open = worker.source._offers.keys() | worker.copies.rids
         if isinstance(event, Tick | PeerLost):
             self._expired |= {(name, rid) for rid in self._open.get(name, set()) - now_open}
         self._open[name] = now_open
@@ -406,7 +413,8 @@ def check_empty(worker: Worker) -> None:
     left = {
         "seqs": worker.seqs, "claims": worker.claims, "running": worker.running, "steps": worker._steps,
         "early": worker.sink._early, "incoming": worker.sink._incoming, "reads": worker.sink._reads,
-        "unread": worker.sink._unread, "offers": worker.source._offers,
+        "unread": worker.sink._unread, "offers": worker.source._offers, "kept": worker.keep._kept,
+        "replicas": worker.keep._reads, "copies": worker.copies.rids, "successors": worker._successors,
     }  # fmt: skip
     assert not any(left.values()), (worker.spec.name, {what: value for what, value in left.items() if value})
 

@@ -1,6 +1,6 @@
 """Workers are killed under load: their requests go on elsewhere, from the tokens the client already has.
 
-The prompt is computed again on the way (keeping its KV is a later step); no stream loses or repeats a token.
+No stream loses or repeats a token, and where only decode workers die no prompt is computed again.
 """
 
 import asyncio
@@ -73,6 +73,37 @@ def test_streams_survive_the_death_of_their_workers(tmp_path: Path) -> None:
     for recording in recordings:
         outcome = replay(recording)
         assert outcome.difference is None, outcome.difference
+
+
+def test_a_decode_workers_death_costs_no_prompt(tmp_path: Path) -> None:
+    topology = tmp_path / "cluster.toml"
+    topology.write_text(TOPOLOGY.replace("512KiB", "8MiB"))
+
+    async def run(supervisor: Supervisor) -> None:
+        rng = random.Random(5)
+        card = cluster_card(supervisor.cluster)
+        async with connected(supervisor) as frontend:
+            jobs = []
+            for _ in range(24):
+                prompt = [rng.randrange(300) for _ in range(rng.randint(100, 400))]
+                root, hashes = prompt_hashes(prompt, card)
+                jobs.append(Job(prompt, 400, Sampling(), root=root, hashes=hashes))
+            streams = [frontend.submit(job)[1] for job in jobs]
+            answers = asyncio.gather(*(answer_of(stream) for stream in streams))
+            while sum(row["kept"] for row in await frontend.workers()) < len(jobs):
+                await asyncio.sleep(0.01)  # until every answer is being written
+            (row,) = [row for row in await frontend.workers() if row["id"] == "d0"]
+            os.kill(row["pid"], signal.SIGKILL)
+            await back(supervisor, frontend, "d0")
+            for job, (tokens, _) in zip(jobs, await asyncio.wait_for(answers, 60), strict=True):
+                assert tokens == oracle(job.tokens, 400, supervisor.cluster.paced)
+            resumed = [row["resumed"] for row in await settled(frontend) if row["role"] == "prefill"]
+            num_resumed = sum(each["requests"] for each in resumed)
+            assert num_resumed >= 8 and sum(each["prompt_tokens"] for each in resumed) == 0
+            assert sum(each["written_tokens"] for each in resumed) <= 2 * card.block_size * num_resumed
+
+    with live(topology) as supervisor:
+        asyncio.run(run(supervisor))
 
 
 async def back(supervisor: Supervisor, frontend, name: str) -> None:  # type: ignore[no-untyped-def]

@@ -147,8 +147,32 @@ def test_a_broken_pair_is_taken_back_from_both_and_placed_anew() -> None:
     submit(made, 1)
     rid = attempt_id(1, 0)
     orders = made.on(0.0, Failed(rid, "d1", 1, Reason.PEER_LOST))
-    assert orders[:2] == [Cancel("p0", rid), Cancel("d1", rid)]
-    assert [o.num_tokens for o in orders[2:] if isinstance(o, Place)] == [129, 129]
+    assert orders[2:] == [Cancel("p0", rid), Cancel("d1", rid)], "they hear of the new attempt first"
+    assert [o.num_tokens for o in orders[:2] if isinstance(o, Place)] == [129, 129]
+
+
+def test_a_request_goes_on_where_its_kv_is_kept() -> None:
+    made = router("ppd")
+    submit(made, 1)
+    made.on(0.0, Progress(attempt_id(1, 0)))
+    made.on(0.0, Finish(attempt_id(1, 0), "p0", Reason.HANDED_OVER))
+    for number in range(2, 6):
+        submit(made, number)  # p0 is the busier one now, if anything
+    made.on(0.0, WorkerUp("d9", 0, Role.DECODE, 100, 16))
+    orders = made.on(0.0, WorkerLost("d2", ((attempt_id(1, 0), 40),)))
+    (place,) = [o for o in orders if isinstance(o, Place) and o.part == Role.PREFILL and request_of(o.rid) == 1]
+    assert place.worker == "p0" and place.num_tokens == place.num_prompt + 40
+
+
+def test_what_a_lost_prefill_worker_kept_is_lost_with_it() -> None:
+    made = router("ppd")
+    submit(made, 1)
+    made.on(0.0, Progress(attempt_id(1, 0)))
+    made.on(0.0, Finish(attempt_id(1, 0), "p0", Reason.HANDED_OVER))
+    made.on(0.0, WorkerLost("p0", ()))
+    made.on(0.0, WorkerUp("p0", 1, Role.PREFILL, 1, 16))
+    orders = made.on(0.0, Failed(attempt_id(1, 0), "d2", 3, Reason.PEER_LOST))
+    assert {o.worker for o in orders if isinstance(o, Place)} == {"p1", "d2"}
 
 
 def test_a_prefill_worker_lost_after_the_first_token_is_the_decode_sides_affair() -> None:
@@ -184,7 +208,7 @@ def test_attempts_are_not_endless() -> None:
     orders: list[RouterOrder] = []
     for attempt in range(MAX_ATTEMPTS):
         orders = made.on(0.0, Failed(attempt_id(1, attempt), "m0", 0, Reason.REFUSED))
-    assert isinstance(orders[-1], Reject) and orders[-1].status == 503 and made.num["failed"] == 1
+    assert isinstance(orders[0], Reject) and orders[0].status == 503 and made.num["failed"] == 1
 
 
 # --- its books -------------------------------------------------------------------------------------------------------

@@ -28,7 +28,7 @@ class WorkerSpec:
 
     chunk: most new tokens in a step, None for whole prompts. itl_budget_s: predicted duration a step with decodes in
     it should not exceed. depth: steps planned before the last is back. lease_s: how long a prefill side keeps KV
-    nobody asks for.
+    nobody asks for. replicate: a decode side lets the prefill side read back each block of the answer that is full.
     """
 
     name: str
@@ -40,6 +40,7 @@ class WorkerSpec:
     itl_budget_s: float | None = None
     lease_s: float = 30.0
     depth: int = 1
+    replicate: bool = True
 
 
 def compose(
@@ -61,7 +62,7 @@ def repeats(slices: tuple[Slice, ...], seqs: dict[int, Sequence], running: list[
     """How many times a step may be taken in a row before any decision in it could change.
 
     More than one only where every running sequence decodes and has said its first token (the router waits for that
-    one): until one of them ends, or the blocks they grow into run out.
+    one): until one of them ends, fills a block that is to be replicated, or the blocks they grow into run out.
     """
     members = [seqs[s.rid] for s in slices]
     num_active = sum(seq.wants or seq.inflight > 0 for seq in running)
@@ -70,6 +71,8 @@ def repeats(slices: tuple[Slice, ...], seqs: dict[int, Sequence], running: list[
     if any(seq.ended is not None or seq.life.at != Rung.DECODING for seq in members):
         return 1
     limit = 1 + min(seq.target - seq.num_tokens for seq in members)
+    fills = [1 + -seq.num_computed % pool.block_size for seq in members if seq.copied is not None]
+    limit = min(limit, *fills) if fills else limit
 
     def fits(count: int) -> bool:
         return sum(len(crossings(seq, count, pool.block_size)) for seq in members) <= pool.num_available

@@ -7,6 +7,7 @@ Every block is in exactly one state, and the counts of the states always add up 
     reserved     a sequence uses it, and a read into it is coming or under way
     offered      a sequence uses it, and a peer may read it
     cached       nobody uses it, but its content is known by its prefix hash and may be used again (LRU)
+    kept         the same, and a request that is answered elsewhere would need it back: it goes after the cached ones
     quarantined  nobody may use it: a cancelled or failed read may still write into it
 
 Blocks are ids; which bytes they are is the transport's and the executor's business. Not responsible for who gets blocks
@@ -26,7 +27,8 @@ class State(IntEnum):
     RESERVED = 2
     OFFERED = 3
     CACHED = 4
-    QUARANTINED = 5
+    KEPT = 5
+    QUARANTINED = 6
 
 
 class BlockPool:
@@ -37,6 +39,8 @@ class BlockPool:
         self.block_size = block_size
         self._free = list(range(num_blocks - 1, -1, -1))
         self._cached: OrderedDict[int, None] = OrderedDict()
+        self._kept: OrderedDict[int, None] = OrderedDict()
+        self._keeps: dict[bytes, int] = {}  # how many requests want the content of that hash kept
         self._by_hash: dict[bytes, int] = {}
         self._hash_of: dict[int, bytes] = {}
         self._refs = [0] * num_blocks
@@ -47,7 +51,12 @@ class BlockPool:
 
     @property
     def num_available(self) -> int:
-        """Blocks that `take` can give now: free ones, and cached ones nobody uses."""
+        """Blocks that `take` can give now: free ones, and those whose content is only remembered."""
+        return len(self._free) + len(self._cached) + len(self._kept)
+
+    @property
+    def num_spare(self) -> int:
+        """Blocks that `take` can give at no request's cost: none of what is kept."""
         return len(self._free) + len(self._cached)
 
     @property
@@ -81,12 +90,12 @@ class BlockPool:
         """One more user for each of these held, offered or cached blocks."""
         for block in blocks:
             if self._refs[block] == 0:
-                del self._cached[block]
+                del self._idle(block)[block]
             self._refs[block] += 1
             self._settle_state(block)
 
     def take(self, count: int, reserved: bool = False) -> list[int]:
-        """That many blocks for a new user; the least recently used cached ones go first when none is free.
+        """That many blocks for a new user. When none is free the least recently used cached ones go, then kept ones.
 
         The caller has looked at `num_available`; asking for more raises IndexError.
         """
@@ -105,10 +114,35 @@ class BlockPool:
         for block in blocks:
             self._refs[block] -= 1
             if self._refs[block] == 0 and block in self._hash_of:
-                self._cached[block] = None
+                self._idle(block)[block] = None
             elif self._refs[block] == 0:
                 self._free.append(block)
             self._settle_state(block)
+
+    def keep(self, hashes: Iterable[bytes]) -> None:
+        """One more request elsewhere would need content of these hashes back; it is evicted last."""
+        for digest in hashes:
+            self._keeps[digest] = self._keeps.get(digest, 0) + 1
+            self._move_idle(digest, self._cached, self._kept)
+
+    def unkeep(self, hashes: Iterable[bytes]) -> None:
+        """One request fewer needs it back."""
+        for digest in hashes:
+            self._keeps[digest] -= 1
+            if self._keeps[digest] == 0:
+                del self._keeps[digest]
+                self._move_idle(digest, self._kept, self._cached)
+
+    def unseal(self, digest: bytes) -> None:
+        """Forget what hashes so: nobody finds it any more, and unless somebody uses it its block is free."""
+        block = self._by_hash.pop(digest, None)
+        if block is None:
+            return
+        if self._refs[block] == 0:
+            del self._idle(block)[block]
+            self._free.append(block)
+        del self._hash_of[block]
+        self._settle_state(block)
 
     def seal(self, block: int, digest: bytes) -> None:
         """The block is full and its content is the one that hashes so: others may find it."""
@@ -151,10 +185,11 @@ class BlockPool:
         assert len(self._free) == self._count[State.FREE] and len(self._cached) == self._count[State.CACHED]
         assert len(set(self._free)) == len(self._free)
         for block, state in enumerate(self._state):
-            unused = state in (State.FREE, State.CACHED, State.QUARANTINED)
+            unused = state in (State.FREE, State.CACHED, State.KEPT, State.QUARANTINED)
             assert unused == (self._refs[block] == 0), (block, state, self._refs[block])
             assert (state == State.OFFERED) == (self._offers[block] > 0), (block, state)
             assert (state == State.CACHED) == (block in self._cached), (block, state)
+            assert (state == State.KEPT) == (block in self._kept), (block, state)
         assert all(self._hash_of[block] == digest for digest, block in self._by_hash.items())
 
     def balanced(self) -> bool:
@@ -163,17 +198,30 @@ class BlockPool:
             sum(self._count) == self.num_blocks
             and len(self._free) == self._count[State.FREE]
             and len(self._cached) == self._count[State.CACHED]
+            and len(self._kept) == self._count[State.KEPT]
         )
 
     def _evict(self) -> int:
-        block, _ = self._cached.popitem(last=False)
+        block, _ = (self._cached or self._kept).popitem(last=False)
         del self._by_hash[self._hash_of.pop(block)]
         return block
+
+    def _idle(self, block: int) -> OrderedDict[int, None]:
+        """Where a remembered block that nobody uses belongs."""
+        return self._kept if self._hash_of[block] in self._keeps else self._cached
+
+    def _move_idle(self, digest: bytes, here: OrderedDict[int, None], there: OrderedDict[int, None]) -> None:
+        block = self._by_hash.get(digest)
+        if block is not None and block in here:
+            del here[block]
+            there[block] = None
+            self._settle_state(block)
 
     def _settle_state(self, block: int) -> None:
         """Put a block that is not reserved or quarantined into the state its counters say."""
         if self._refs[block] == 0:
-            self._move(block, State.CACHED if block in self._hash_of else State.FREE)
+            digest = self._hash_of.get(block)
+            self._move(block, State.FREE if digest is None else State.KEPT if digest in self._keeps else State.CACHED)
         elif self._state[block] != State.RESERVED:
             self._move(block, State.OFFERED if self._offers[block] else State.HELD)
 

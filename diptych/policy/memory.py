@@ -12,8 +12,9 @@ from bisect import insort
 
 from diptych.policy.batching import WorkerSpec
 from diptych.policy.blocks import BlockPool
+from diptych.policy.keep import Keep
 from diptych.policy.ladder import Rung
-from diptych.policy.messages import Role, Slice, WorkerOrder
+from diptych.policy.messages import Role, Slice, WorkerOrder, request_of
 from diptych.policy.pace import StepTimes
 from diptych.policy.sequence import Sequence, age
 from diptych.policy.sink import Incoming, Sink
@@ -32,6 +33,7 @@ class Memory:
         pool: BlockPool,
         source: Source,
         sink: Sink,
+        keep: Keep,
         times: StepTimes,
         steps: dict[int, tuple[Slice, ...]],
         orders: list[WorkerOrder],
@@ -45,6 +47,7 @@ class Memory:
         self._spec = spec
         self._source = source
         self._sink = sink
+        self._keep = keep
         self._times = times
         self._steps = steps
         self._orders = orders
@@ -93,7 +96,7 @@ class Memory:
         pool = self.pool
         if not self._may_grow(seq) or (self.running and pool.num_available <= seq.tight):
             return False
-        known = pool.match(seq.hashes[: (seq.num_tokens - 1) // pool.block_size])
+        known, num_known = self._known(seq)
         need = pool.blocks_for(seq.num_tokens) - len(known)
         idle = sum(map(pool.is_idle, known))
         growth = 0 if seq.part == Role.PREFILL else min(len(self.running), pool.num_blocks // 50)
@@ -101,14 +104,24 @@ class Memory:
             seq.tight = pool.num_available
             return False
         pool.share(known)
+        self._orders += self._keep.forget(request_of(seq.rid))
         seq.blocks = known + pool.take(need)
-        seq.sealed = len(known)
-        seq.num_computed = seq.computed = len(known) * pool.block_size
+        seq.num_computed = seq.computed = num_known
+        seq.sealed = num_known // pool.block_size
         seq.life.climb(Rung.PREFILLING, now)
         self.start(seq)
         if seq.part == Role.PREFILL:
             self._orders.append(self._source.open(seq))
         return True
+
+    def _known(self, seq: Sequence) -> tuple[list[int], int]:
+        """The blocks this worker already holds of it, and how many tokens' KV is in them."""
+        size = self.pool.block_size
+        known = self.pool.match(seq.hashes[: (seq.num_tokens - 1) // size])
+        tail = self._keep.tail(seq.rid, len(known))
+        if tail is None:
+            return known, len(known) * size
+        return [*known, tail[0]], min(tail[1], seq.num_tokens - 1)
 
     def _reserve(self, now: float, coming: Incoming) -> bool:
         """Memory for what is ready of an incoming sequence, and the order to read it."""

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import NamedTuple
 
+from diptych.policy.retention import Release, Replicate, Replicated
+
 MAX_ATTEMPTS = 64
 
 
@@ -45,6 +47,7 @@ class Reason(StrEnum):
     CANCELLED = "cancelled"
     HANDED_OVER = "handed_over"  # prefill side: the decode side has everything
     EXPIRED = "expired"  # prefill side: nobody came for the KV within its lease
+    SUPERSEDED = "superseded"  # a later attempt at the same request came to the same worker
     PEER_LOST = "peer_lost"  # the other half of the pair is gone and this half cannot go on alone
     WORKER_LOST = "worker_lost"
     REFUSED = "refused"  # the worker cannot hold it
@@ -271,7 +274,6 @@ class Purpose(StrEnum):
 
     HANDOVER = "handover"
     REPLICA = "replica"
-    RETURN = "return"
 
 
 @dataclass(frozen=True, slots=True)
@@ -281,7 +283,7 @@ class Pull:
     pull: int
     rid: int
     peer: str
-    first: int  # index of source[0] among the blocks the peer published for this rid
+    first: int  # index of source[0] among the blocks of the sequence
     source: tuple[int, ...]
     target: tuple[int, ...]
     purpose: Purpose = Purpose.HANDOVER
@@ -351,6 +353,7 @@ class Tick:
     """The time an object asked for with `next_deadline()` has come."""
 
 
+Retention = Replicate | Replicated | Release
 RouterEvent = Submitted | Cancelled | WorkerUp | WorkerLost | Progress | Failed | Finish | Tick
 RouterOrder = Place | Cancel | Reject
 WorkerEvent = (
@@ -364,11 +367,14 @@ WorkerEvent = (
     | Revoke
     | Drop
     | Beat
+    | Retention
     | PeerLost
     | Read
     | ReadFailed
     | Settled
     | Tick
 )
-WorkerOrder = Run | Offer | Publish | Done | Answer | Revoke | Drop | Beat | Pull | CancelPull | Emit | Finish
+WorkerOrder = (
+    Run | Offer | Publish | Done | Answer | Revoke | Drop | Beat | Retention | Pull | CancelPull | Emit | Finish
+)  # fmt: skip
 Message = RouterEvent | RouterOrder | WorkerEvent | WorkerOrder

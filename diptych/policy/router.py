@@ -98,6 +98,7 @@ class RequestView:
     attempt: int = 0
     prefill: str = ""  # the worker that computes the prompt; "" once that is over or for a mixed worker
     decode: str = ""  # the worker that writes the answer
+    keeper: str = ""  # the prefill worker that has, or had, its KV: where it would best go on
     uncached: int = 0  # prompt tokens charged to the prefilling worker until the first token
     charged: str = ""  # that worker
 
@@ -197,8 +198,9 @@ class Router:
         need = wanted.num_prompt + wanted.max_new
         mixed = self._pick(request, Role.MIXED, need)
         decode = self._pick(request, Role.DECODE, need)
-        prefill = self._pick(request, Role.PREFILL, num_tokens) if decode else None
-        if mixed and (not prefill or not self._disaggregates(request, mixed)):
+        keeper = self._keeper(request, num_tokens)
+        prefill = (keeper or self._pick(request, Role.PREFILL, num_tokens)) if decode else None
+        if mixed and not keeper and (not prefill or not self._disaggregates(request, mixed)):
             self._send(request, num_tokens, mixed, Role.MIXED, None)
             self._charge(request, mixed, mixed, num_tokens)
         elif prefill and decode:
@@ -216,6 +218,11 @@ class Router:
     def _pick(self, request: RequestView, role: Role, num_tokens: int) -> WorkerView | None:
         able = [view for view in self.workers.values() if view.role == role and view.fits(num_tokens)]
         return min(able, key=lambda view: SCORES[self.spec.policy](view, request), default=None)
+
+    def _keeper(self, request: RequestView, num_tokens: int) -> WorkerView | None:
+        """Where what an earlier attempt computed is kept, if it can go on there."""
+        view = self.workers.get(request.keeper)
+        return view if view is not None and view.fits(num_tokens) else None
 
     def _disaggregates(self, request: RequestView, mixed: WorkerView) -> bool:
         """Is a pair worth its handover for this request? Only if there is enough prompt to compute."""
@@ -242,7 +249,7 @@ class Router:
     def _charge(self, request: RequestView, prefill: WorkerView, decode: WorkerView, num_tokens: int) -> None:
         """Enter a placement into the books."""
         wanted = request.submitted
-        request.prefill = prefill.name if prefill is not decode else ""
+        request.prefill = request.keeper = prefill.name if prefill is not decode else ""
         request.decode = decode.name
         request.charged = prefill.name
         request.uncached = max(num_tokens - prefill.matched(wanted.hashes), 1)
@@ -280,7 +287,7 @@ class Router:
     def _cancel(self, now: float, number: int) -> None:
         request = self.requests.get(number)
         if request is not None:
-            self._withdraw(request)
+            self._orders += self._withdraw(request)
             self._close(now, request, "cancelled", Rung.CANCELLED)
 
     def _failed(self, now: float, event: Failed) -> None:
@@ -293,6 +300,8 @@ class Router:
         self.workers.pop(event.worker, None)
         emitted = dict(event.emitted)
         for request in list(self.requests.values()):
+            if request.keeper == event.worker:
+                request.keeper = ""  # what it kept is gone, whoever comes back under that name
             mine = request.decode == event.worker
             if mine or (request.prefill == event.worker and request.life.at not in (Rung.HANDOVER, Rung.DECODING)):
                 self._again(now, request, emitted.get(request.rid, 0), f"{event.worker} was lost")
@@ -300,13 +309,15 @@ class Router:
                 request.prefill = ""  # the decode side has it all, computes it, or says Failed
 
     def _again(self, now: float, request: RequestView, num_emitted: int, why: str) -> None:
-        self._withdraw(request)
+        """Place it anew. Who had the earlier attempt hears of the new one first, so that it keeps what it computed."""
+        cancels = self._withdraw(request)
         if request.attempt + 1 >= MAX_ATTEMPTS:
             self._reject(now, request, 503, f"given up after {MAX_ATTEMPTS} attempts: {why}")
-            return
-        request.attempt += 1
-        request.life.climb(Rung.RESUMING, now)
-        self._place(now, request, request.submitted.num_prompt + num_emitted)
+        else:
+            request.attempt += 1
+            request.life.climb(Rung.RESUMING, now)
+            self._place(now, request, request.submitted.num_prompt + num_emitted)
+        self._orders += cancels
 
     # --- book-keeping --------------------------------------------------------------------------------------------
 
@@ -315,13 +326,13 @@ class Router:
         request = self.requests.get(request_of(rid))
         return request if request is not None and request.rid == rid else None
 
-    def _withdraw(self, request: RequestView) -> None:
-        """Take the present attempt back from whoever has it, and out of the books."""
-        for name in dict.fromkeys((request.prefill, request.decode)):
-            if name in self.workers:
-                self._orders.append(Cancel(name, request.rid))
+    def _withdraw(self, request: RequestView) -> list[RouterOrder]:
+        """Take the present attempt out of the books; returns what takes it back from whoever has it."""
+        holders = dict.fromkeys((request.prefill, request.decode))
+        cancels: list[RouterOrder] = [Cancel(name, request.rid) for name in holders if name in self.workers]
         self._prefilled(request)
         self._settle(request)
+        return cancels
 
     def _prefilled(self, request: RequestView) -> None:
         if request.charged in self.workers:

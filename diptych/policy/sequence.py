@@ -16,7 +16,7 @@ class Sequence:
     """One attempt at a request on one worker."""
 
     __slots__ = (
-        "admit", "blocks", "computed", "emitted", "ended", "hashes", "inflight", "key", "life",
+        "admit", "blocks", "computed", "copied", "emitted", "ended", "hashes", "inflight", "keeper", "key", "life",
         "max_new", "num_computed", "num_tokens", "part", "peer", "rid", "sealed", "shown", "target", "tight",
     )  # fmt: skip
 
@@ -39,6 +39,8 @@ class Sequence:
         self.sealed = 0  # leading blocks whose hash was made known
         self.inflight = 0  # steps that carry it and are not back
         self.ended: Reason | None = None  # why it stops; it is let go when nothing of it is in flight
+        self.keeper = ""  # the peer that keeps its KV in case this worker dies
+        self.copied: int | None = None  # leading blocks the keeper has, or was offered; None: it wants no more
         self.tight = -1  # blocks available when it last did not fit; not tried again below that
         rung = Rung.HANDOVER if place.part == Role.DECODE else Rung.QUEUED
         self.life = Ladder(REQUEST, Rung.QUEUED, now)

@@ -10,6 +10,7 @@ Not responsible for running a sequence once it is here (`worker.py`).
 
 from collections import deque
 from dataclasses import dataclass
+from itertools import count
 
 from diptych.policy.blocks import BlockPool
 from diptych.policy.ladder import TRANSFER, Ladder, Stage
@@ -58,13 +59,13 @@ class Incoming:
 class Sink:
     """All incoming sequences of one worker, and every read that may still write into its pool."""
 
-    def __init__(self, pool: BlockPool, lease_s: float):
+    def __init__(self, pool: BlockPool, lease_s: float, pulls: "count[int]"):
         self._pool = pool
+        self._pulls = pulls
         self._beat_s = lease_s / 3
         self._incoming: dict[int, Incoming] = {}
         self._reads: dict[int, Reading] = {}
         self._unread: dict[int, tuple[str, int]] = {}  # rid -> peer to send Drop to, reads left; when none is left
-        self._next_pull = 0
         self._next_beat: float | None = None
         self._lease_s = lease_s
         self._early: dict[int, list[Publish]] = {}  # a peer spoke of it before our own Place came
@@ -134,7 +135,7 @@ class Sink:
         seq.blocks += target
         coming.num_reads += 1
         coming.stage.climb(Stage.READING, now)
-        pull = self._next_pull = self._next_pull + 1
+        pull = next(self._pulls)
         self._reads[pull] = Reading(seq.rid, target)
         return Pull(pull, seq.rid, seq.peer, first, tuple(coming.published[first:]), tuple(target))
 

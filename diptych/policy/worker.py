@@ -5,16 +5,21 @@ a sequence on this worker:
 
     Place --> claims --(memory)--> running --(steps)--> finished              part mixed (`memory.py`, `batching.py`)
     Place --> claims --(memory)--> running --> offered --(Done)--> finished   part prefill (`source.py`)
-    Place --> incoming --(reads)--> running --> finished                      part decode (`sink.py`)
+    Place --> incoming --(reads)--> running --> finished                      part decode (`receiver.py`)
 
 Not responsible for computing, moving bytes, waiting or reading a clock.
 """
 
+from itertools import count
+
 from diptych.policy.batching import WorkerSpec, compose, fast_forward, repeats
 from diptych.policy.blocks import BlockPool
+from diptych.policy.copies import Copies
+from diptych.policy.keep import Keep
 from diptych.policy.ladder import Rung
 from diptych.policy.memory import Memory
 from diptych.policy.messages import (
+    MAX_ATTEMPTS,
     Answer,
     Beat,
     Cancel,
@@ -40,8 +45,10 @@ from diptych.policy.messages import (
     WorkerOrder,
 )
 from diptych.policy.pace import StepTimes
+from diptych.policy.receiver import Receiver
+from diptych.policy.retention import Release, Replicate, Replicated
 from diptych.policy.sequence import Sequence
-from diptych.policy.sink import Incoming, Sink
+from diptych.policy.sink import Sink
 from diptych.policy.source import Source
 
 
@@ -52,13 +59,18 @@ class Worker:
         self.spec = spec
         self.pool = BlockPool(spec.num_blocks, spec.block_size)
         self.times = StepTimes()
+        pulls = count(1)
         self.source = Source(self.pool, spec.lease_s)
-        self.sink = Sink(self.pool, spec.lease_s)
+        self.sink = Sink(self.pool, spec.lease_s, pulls)
+        self.keep = Keep(self.pool, spec.lease_s, pulls)
+        self.copies = Copies(self.pool, spec.lease_s)
         self.seqs: dict[int, Sequence] = {}  # everything placed here that has not ended, or is still in a step
         self._steps: dict[int, tuple[Slice, ...]] = {}
         self._next_step = 0
         self._orders: list[WorkerOrder] = []
-        self.memory = Memory(spec, self.pool, self.source, self.sink, self.times, self._steps, self._orders)
+        self.memory = Memory(spec, self.pool, self.source, self.sink, self.keep, self.times, self._steps, self._orders)
+        self.receiver = Receiver(self.sink, self.keep, self.memory, self.seqs, self._orders, self._end, spec.replicate)
+        self._successors: dict[int, Sequence] = {}  # waits until that earlier attempt has let go of its blocks
         self.claims = self.memory.claims
         self.running = self.memory.running
 
@@ -72,21 +84,27 @@ class Worker:
             case Cancel(rid=rid):
                 self._cancel(now, rid)
             case Publish():
-                self._published(now, event)
+                self.receiver.published(now, event)
             case Read():
-                self._read(now, event.pull)
+                self.receiver.read(now, event.pull)
             case ReadFailed(pull=pull):
-                self._read_failed(now, pull)
+                self.receiver.read_failed(now, pull)
             case Settled(pull=pull):
-                self._settled(now, pull)
+                self.receiver.settled(now, pull)
             case Done():
                 self._done(now, event)
             case Answer():
-                self._answered(now, event)
+                self.receiver.answered(now, event)
             case Drop(rid=rid):
                 self._dropped(now, rid)
+            case Replicate():
+                self._orders += self.keep.replicate(event)
+            case Replicated():
+                self.copies.copied(event.rid, event.num_blocks)
+            case Release(rid=rid):
+                self._orders += self.keep.release(rid)
             case Revoke():
-                self._revoked(now, event)
+                self.receiver.revoked(now, event)
             case Beat():
                 self._beaten(now, event)
             case PeerLost(peer=peer):
@@ -110,8 +128,8 @@ class Worker:
 
     def next_deadline(self) -> float | None:
         """When a Tick is wanted next, if at all."""
-        times = [t for t in (self.source.next_deadline(), self.sink.next_deadline()) if t is not None]
-        return min(times, default=None)
+        times = [part.next_deadline() for part in (self.source, self.sink, self.keep, self.copies)]
+        return min((time for time in times if time is not None), default=None)
 
     def horizon(self) -> int:
         """How often the step just ordered may be repeated before any decision could change."""
@@ -141,10 +159,24 @@ class Worker:
         if self.pool.blocks_for(seq.target - 1) > self.pool.num_blocks:  # the last token's KV is never written
             self._end(now, seq, Reason.REFUSED)
         elif place.part == Role.DECODE:
-            for event in self.sink.expect(seq, now):
-                self._published(now, event)
+            self.receiver.expect(seq, now)
         else:
-            self.memory.queue(seq)
+            earlier = self._earlier(now, place)
+            if earlier is None:
+                self.memory.queue(seq)
+            else:
+                self._successors[earlier] = seq
+
+    def _earlier(self, now: float, place: Place) -> int | None:
+        """An earlier attempt that still has its blocks here: what it computed is worth waiting for."""
+        for attempt in range(place.rid % MAX_ATTEMPTS):
+            rid = place.rid - 1 - attempt
+            seq = self.seqs.get(rid)
+            if seq is not None and seq.part == Role.PREFILL and seq.ended is None:
+                self._end(now, seq, Reason.SUPERSEDED)
+            if rid in self.source or (seq is not None and seq.inflight and seq.part == Role.PREFILL):
+                return rid
+        return None
 
     # --- stepping ------------------------------------------------------------------------------------------------
 
@@ -172,14 +204,15 @@ class Worker:
         for piece in slices:
             seq = self.seqs[piece.rid]
             seq.inflight -= 1
+            seq.computed = piece.start + piece.count + event.count - 1
+            self.memory.seal(seq)
             if seq.ended is not None:
                 if seq.inflight == 0:
                     self._let_go(now, seq)
                 continue
-            seq.computed = piece.start + piece.count + event.count - 1
-            self.memory.seal(seq)
             if piece.sample:
                 self._sampled(now, seq, event.count, piece.rid in event.finished)
+                self._orders += self.copies.copy(seq, now) if seq.ended is None else []
             elif seq.part == Role.PREFILL:
                 self._orders += self.source.publish(seq, now, final=False)
 
@@ -195,79 +228,6 @@ class Worker:
             self._orders += self.source.publish(seq, now, final=True)
         else:
             seq.life.climb(Rung.DECODING, now)
-
-    # --- handover: decode side -----------------------------------------------------------------------------------
-
-    def _published(self, now: float, event: Publish) -> None:
-        coming = self.sink.published(event)
-        if coming is None:
-            if event.rid not in self.seqs:
-                self.sink.keep(event, now)
-        elif coming.broken:
-            self._orders += self.sink.give_up(coming, now)
-            self._broken(now, coming)
-        elif coming.lacks or not coming.pledged:
-            self.memory.claim(coming)
-        else:
-            self._orders += self.sink.ask(coming)
-
-    def _read(self, now: float, pull: int) -> None:
-        coming = self.sink.read(pull, now)
-        self._orders += self.sink.ask(coming) if coming else self.sink.settled(pull, now)
-
-    def _read_failed(self, now: float, pull: int) -> None:
-        coming, orders = self.sink.failed(pull, now)
-        self._orders += orders
-        if coming is not None:
-            self._broken(now, coming)
-
-    def _settled(self, now: float, pull: int) -> None:
-        self._read_failed(now, pull)  # if it settles without a word before
-        self._orders += self.sink.settled(pull, now)
-
-    def _broken(self, now: float, coming: Incoming) -> None:
-        """It cannot be read: no memory for it until it is all known, then it is computed here."""
-        self.memory.unclaim(coming)
-        if coming.final:
-            self._recompute(now, coming, drop=True)
-
-    def _answered(self, now: float, event: Answer) -> None:
-        coming = self.sink.get(event.rid)
-        if coming is None:
-            return
-        if event.ok:
-            self._accept(now, coming)
-        elif coming.final:
-            self._orders += self.sink.give_up(coming, now)
-            self._recompute(now, coming, drop=False)
-        else:
-            self._end(now, coming.seq, Reason.PEER_LOST)  # the source does not know it: its process is a new one
-
-    def _accept(self, now: float, coming: Incoming) -> None:
-        seq = self.sink.accept(coming.seq.rid, now)
-        seq.arrived()
-        self.memory.seal(seq)
-        seq.life.climb(Rung.DECODING, now)
-        self.memory.start(seq)
-
-    def _recompute(self, now: float, coming: Incoming, drop: bool) -> None:
-        """Its KV could not be read: compute it here, from the tokens, which the driver has."""
-        seq = coming.seq
-        self.memory.unclaim(coming)
-        self._orders += self.sink.forget(coming, now, drop)
-        seq.arrived()
-        seq.restart()
-        seq.life.climb(Rung.QUEUED, now)
-        self.memory.queue(seq)
-
-    def _revoked(self, now: float, event: Revoke) -> None:
-        self.sink.ignore(event.rid)
-        coming = self.sink.get(event.rid)
-        if coming is None:
-            if not self.sink.settling(event.rid):
-                self._orders.append(Drop(event.peer, event.rid))
-        else:
-            self._end(now, coming.seq, Reason.CANCELLED)
 
     # --- handover: prefill side ----------------------------------------------------------------------------------
 
@@ -287,34 +247,44 @@ class Worker:
     def _dropped(self, now: float, rid: int) -> None:
         seq = self.source.drop(rid)
         if seq is not None:
-            self._unfence(now, seq, Reason.CANCELLED if seq.wants else Reason.HANDED_OVER)
+            self._unfence(now, seq, Reason.HANDED_OVER if seq.life.at == Rung.HANDOVER else Reason.CANCELLED)
+        else:
+            self._copy_no_more(rid)
+        self._orders += self.keep.release(rid)
+
+    def _copy_no_more(self, rid: int) -> None:
+        """Its keeper wants no more of it."""
+        self.copies.stop(rid)
+        if rid in self.seqs:
+            self.seqs[rid].copied = None
 
     def _unfence(self, now: float, seq: Sequence, reason: Reason) -> None:
         """Nobody reads its blocks any more."""
         if seq.rid in self.seqs:
             self._end(now, seq, reason)
         else:
-            self.memory.release(seq)
+            self._give_back(now, seq)
 
     def _peer_lost(self, now: float, peer: str) -> None:
+        self._orders += self.keep.lose(peer, now)
+        self.copies.lose(peer)
+        for seq in self.seqs.values():
+            if seq.keeper == peer:
+                seq.keeper, seq.copied = "", None
         for seq in self.source.lose(peer):
             self._unfence(now, seq, Reason.PEER_LOST)
         for seq in [seq for seq in self.claims if seq.part == Role.PREFILL and seq.peer == peer]:
             self._end(now, seq, Reason.PEER_LOST)
-        for coming in self.sink.of_peer(peer):
-            if coming.asked:  # verified by checksum: it needs no answer from the dead
-                self._accept(now, coming)
-            elif coming.final:
-                self._orders += [] if coming.broken else self.sink.give_up(coming, now)
-                self._recompute(now, coming, drop=False)
-            else:
-                self._end(now, coming.seq, Reason.PEER_LOST)
+        self.receiver.lose(now, peer)
 
     # --- going out -----------------------------------------------------------------------------------------------
 
     def _tick(self, now: float) -> None:
         for seq in self.source.expire(now):
             self._unfence(now, seq, Reason.EXPIRED)
+        self._orders += self.keep.expire(now)
+        for rid in self.copies.expire(now):
+            self._copy_no_more(rid)
         self._orders += self.sink.beat(now)
         self._orders += self.sink.decline(now)
 
@@ -330,6 +300,8 @@ class Worker:
             seq.ended = reason
             seq.life.climb(_LAST.get(reason, Rung.FAILED), now)
             self._orders.append(Finish(seq.rid, self.spec.name, reason, seq.life.durations()))
+            if seq.keeper and reason in _LAST:
+                self._orders.append(Release(seq.keeper, seq.rid))
         if seq.inflight == 0:
             self._let_go(now, seq)
 
@@ -342,8 +314,17 @@ class Worker:
         elif seq.rid in self.source and (revoke := self.source.revoke(seq, now)):
             self._orders.append(revoke)
         else:
-            self.memory.release(seq)
+            self._give_back(now, seq)
         del self.seqs[seq.rid]
+
+    def _give_back(self, now: float, seq: Sequence) -> None:
+        """Release its blocks; what its request may come back for is kept."""
+        successor = self._successors.pop(seq.rid, None)
+        if seq.part == Role.PREFILL and seq.blocks and (successor is not None or seq.ended in _KEPT):
+            self._orders += self.keep.take(seq, now, orphan=seq.ended != Reason.HANDED_OVER)
+        self.memory.release(seq)
+        if successor is not None and successor.ended is None:
+            self.memory.queue(successor)
 
 
 _LAST = {
@@ -353,3 +334,6 @@ _LAST = {
     Reason.CANCELLED: Rung.CANCELLED,
 }
 """The rung on which a sequence ends here, by reason; anything else failed."""
+
+_KEPT = (Reason.HANDED_OVER, Reason.PEER_LOST, Reason.EXPIRED, Reason.SUPERSEDED)
+"""Why a prefill side ends what may go on with what it computed."""

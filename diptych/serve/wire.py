@@ -189,3 +189,12 @@ def unpack_ids(data: bytes | memoryview) -> list[int]:
     ids = array("i")
     ids.frombytes(bytes(data))
     return ids.tolist()
+
+
+def unpack_sums(data: bytes | memoryview, count: int) -> list[int]:
+    """The checksums (uint64) of `count` blocks; ProtocolError where the bytes are not that."""
+    if len(data) != 8 * count:
+        raise ProtocolError(f"{count} checksums are announced, {len(data)} bytes are there")
+    sums = array("Q")
+    sums.frombytes(bytes(data))
+    return sums.tolist()

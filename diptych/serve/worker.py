@@ -7,7 +7,7 @@ responsible for waiting, nor for any decision.
 
 from array import array
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from diptych.engine.executor import Result, Sampling, Score
 from diptych.journal import Journal
-from diptych.policy.hashes import chain
+from diptych.policy.hashes import block_hashes, chain
 from diptych.policy.messages import (
     Answer,
     Beat,
@@ -29,6 +29,7 @@ from diptych.policy.messages import (
     Place,
     Publish,
     Pull,
+    Purpose,
     Read,
     ReadFailed,
     Revoke,
@@ -38,13 +39,14 @@ from diptych.policy.messages import (
     WorkerEvent,
     WorkerOrder,
 )
+from diptych.policy.retention import Release, Replicate, Replicated
 from diptych.policy.worker import Worker
-from diptych.serve.wire import Extra, pack_emit, pack_ids, unpack_ids, unpack_ticket
+from diptych.serve.wire import Extra, pack_emit, pack_ids, unpack_ids, unpack_sums, unpack_ticket
 from diptych.transfer.seam import Plan
 
 MAX_EARLY = 1024  # requests a peer may speak of before our own Place comes
 
-ToPeer = Offer | Publish | Done | Answer | Revoke | Drop | Beat
+ToPeer = Offer | Publish | Done | Answer | Revoke | Drop | Beat | Replicate | Replicated | Release
 
 
 class Ports(Protocol):
@@ -88,6 +90,7 @@ class Held:
     parent: bytes  # the hash of the last of them
     checksums: "array[int]"  # of the peer's published blocks, in order
     counts_cache: bool  # its prompt is computed here, and how much of it was found is not known yet
+    num_known: int  # tokens when it was placed here
     cached: int = 0
     scores: dict[int, Score] = field(default_factory=dict)  # of tokens not emitted yet, by position
     prompt_scores: list[Score] = field(default_factory=list)  # until the first token is emitted
@@ -101,20 +104,28 @@ class WorkerDriver:
         self.num_steps = 0
         self.num_kv_bytes = self.num_transfers = self.num_failed = 0
         self.kv_seconds = 0.0
+        self.resumed = dict.fromkeys(("requests", "prompt_tokens", "written_tokens"), 0)  # computed again, after a loss
         self._ports = ports
         self._clock = clock
         self._journal = journal
         self._held: dict[int, Held] = {}
         self._steps: dict[int, Run] = {}
+        self._copied: dict[tuple[str, int], int] = {}  # checksums of blocks that peers let us replicate
         self._early: OrderedDict[int, list[bytes]] = OrderedDict()  # attachments of Publish that came before Place
 
     def on(self, event: WorkerEvent, attachment: bytes | memoryview = b"") -> None:
         """Take in an event: hand it to policy, and do what it orders."""
         match event:
             case Place():
-                self._placed(event, attachment)
+                event = self._placed(event, attachment)
             case Publish():
                 self._published(event, attachment)
+            case Replicate():
+                self._copied |= zip(
+                    [(event.peer, block) for block in event.blocks],
+                    unpack_sums(attachment, len(event.blocks)),
+                    strict=True,
+                )
             case Read():
                 self.num_transfers += 1
                 self.num_kv_bytes += event.num_bytes
@@ -166,16 +177,21 @@ class WorkerDriver:
                 self._ports.report(order, b"")
             case Publish():
                 self._tell(order, self._describe(order))
+            case Replicate():
+                self._tell(order, self._sums(order.blocks))
             case Pull():
-                sums = self._held[order.rid].checksums[order.first : order.first + len(order.source)]
-                plan = Plan(
-                    np.array(order.source, np.int32), np.array(order.target, np.int32), np.array(sums, np.uint64)
-                )
-                self._ports.pull(order, plan)
+                source, target = np.array(order.source, np.int32), np.array(order.target, np.int32)
+                self._ports.pull(order, Plan(source, target, np.array(self._expected(order), np.uint64)))
             case CancelPull(pull=pull):
                 self._ports.cancel_pull(pull)
             case _:
                 self._tell(order, b"")
+
+    def _expected(self, order: Pull) -> Iterable[int]:
+        """The checksums of the blocks that are to be read."""
+        if order.purpose == Purpose.REPLICA:
+            return [self._copied.pop((order.peer, block)) for block in order.source]
+        return self._held[order.rid].checksums[order.first : order.first + len(order.source)]
 
     def _note_cached(self, run: Run) -> None:
         """A sequence that starts behind its first token does so because its prefix was found."""
@@ -184,7 +200,15 @@ class WorkerDriver:
                 held = self._held[piece.rid]
                 if held.counts_cache:
                     held.cached = min(piece.start, held.num_prompt)
+                    self._note_resumed(held, piece.start)
                 held.counts_cache = False
+
+    def _note_resumed(self, held: Held, start: int) -> None:
+        """Count what an attempt that goes on elsewhere has to compute again. The last token is always computed."""
+        if held.num_known > held.num_prompt:
+            self.resumed["requests"] += 1
+            self.resumed["prompt_tokens"] += max(held.num_prompt - start, 0)
+            self.resumed["written_tokens"] += max(held.num_known - 1 - max(start, held.num_prompt), 0)
 
     def _emitted(self, held: Held, order: Emit) -> bytes:
         """The attachment of an Emit: token ids, and what else is known of them."""
@@ -200,16 +224,25 @@ class WorkerDriver:
         """Send a peer what is for it; it hears our name in place of its own."""
         self._ports.tell(order.peer, replace(order, peer=self.policy.spec.name), attachment)
 
-    def _placed(self, place: Place, attachment: bytes | memoryview) -> None:
+    def _placed(self, place: Place, attachment: bytes | memoryview) -> Place:
+        """Take in an attempt; returns it with the hashes of the blocks that earlier attempts filled."""
         ticket = unpack_ticket(attachment)
         tokens = array("i")
         tokens.frombytes(ticket.tokens)
+        size = self.policy.spec.block_size
         parent = place.hashes[-1] if place.hashes else ticket.root
+        if len(place.hashes) >= place.num_prompt // size:  # else no prefix of it is to be found
+            written = block_hashes(tokens[len(place.hashes) * size :], size, parent)
+            parent = written[-1] if written else parent
+            place = replace(place, hashes=place.hashes + written)
         computes = place.part != Role.DECODE
-        self._held[place.rid] = Held(tokens, ticket.num_prompt, len(place.hashes), parent, array("Q"), computes)
+        self._held[place.rid] = Held(
+            tokens, ticket.num_prompt, len(place.hashes), parent, array("Q"), computes, len(tokens)
+        )
         self._ports.admit(place.rid, tokens.tolist(), ticket.num_prompt, ticket.sampling)
         for early in self._early.pop(place.rid, []):
             self._attach(place.rid, early)
+        return place
 
     def _published(self, event: Publish, attachment: bytes | memoryview) -> None:
         data = bytes(attachment)
@@ -222,9 +255,11 @@ class WorkerDriver:
 
     def _describe(self, order: Publish) -> bytes:
         """The attachment of a Publish: the blocks' checksums, then (final) the first token as one more number."""
-        sums = self._ports.checksum(np.array(order.blocks, np.int32)).tobytes() if order.blocks else b""
         first = pack_ids([self._held[order.rid].tokens[-1]]) if order.final else b""
-        return sums + first
+        return self._sums(order.blocks) + first
+
+    def _sums(self, blocks: tuple[int, ...]) -> bytes:
+        return self._ports.checksum(np.array(blocks, np.int32)).tobytes() if blocks else b""
 
     def _attach(self, rid: int, data: bytes) -> None:
         held = self._held[rid]
@@ -258,6 +293,8 @@ class WorkerDriver:
             "requests": len(policy.seqs),
             "idle": policy.idle_reason(),
             "preempted": policy.num_preempted,
+            "kept": len(policy.keep),
+            "resumed": self.resumed,
             "steps": self.num_steps,
             "blocks": policy.pool.counts(),
             "balanced": policy.pool.balanced(),

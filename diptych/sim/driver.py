@@ -37,6 +37,7 @@ from diptych.policy.messages import (
     WorkerUp,
     request_of,
 )
+from diptych.policy.retention import Release, Replicate, Replicated
 from diptych.policy.router import Router, RouterSpec
 from diptych.sim.agenda import Agenda, instant, not_before, seconds
 from diptych.sim.conditions import Calm, ClientGone, Conditions, Happening
@@ -48,7 +49,7 @@ from diptych.sim.router import Report, RouterSide
 from diptych.sim.streams import Stream, Stretch
 from diptych.sim.workload import Arrival
 
-PeerMessage = Offer | Publish | Done | Answer | Revoke | Drop | Beat
+PeerMessage = Offer | Publish | Done | Answer | Revoke | Drop | Beat | Replicate | Replicated | Release
 Observer = Callable[[float, str, Message, Sequence[Message]], None]
 
 
@@ -211,7 +212,7 @@ class Simulation:
         """A message arrives, if the process it was sent to still lives."""
         if machine.alive and machine.incarnation == incarnation:
             if isinstance(event, Place):
-                machine.placed.add(event.rid)
+                event = machine.place(event)
             self.tell(machine, event)
 
     def tell(self, machine: Machine, event: WorkerEvent) -> None:

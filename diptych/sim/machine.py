@@ -8,10 +8,10 @@ Not responsible for messages, reads or deaths (`driver.py`).
 
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from diptych.policy.batching import WorkerSpec
-from diptych.policy.messages import Run, Slice, StepDone, request_of
+from diptych.policy.messages import Place, Run, Slice, StepDone, request_of
 from diptych.policy.worker import Worker
 from diptych.sim.agenda import seconds
 from diptych.sim.costs import CostModel, done_by, elapsed
@@ -116,6 +116,14 @@ class Machine:
         self.worker = Worker(self.spec)
         self.placed = set()
 
+    def place(self, place: Place) -> Place:
+        """An attempt arrives; hashes of what earlier ones wrote are added, as a real driver would from the tokens."""
+        self.placed.add(place.rid)
+        size, arrival = self.spec.block_size, self._arrival(place.rid)
+        if len(place.hashes) < place.num_prompt // size:
+            return place  # no prefix of it is to be found
+        return replace(place, hashes=tuple(arrival.text_hash(i) for i in range(place.num_tokens // size)))
+
     def _arrival(self, rid: int) -> Arrival:
         return self._oracle[request_of(rid)]
 
@@ -131,6 +139,8 @@ class Machine:
 
     def _filled(self, piece: Slice, count: int) -> list[bytes]:
         """The hashes of the blocks that became full, as a real driver would compute them from the tokens."""
+        if self.worker.seqs[piece.rid].ended is not None:
+            return []  # a real driver has forgotten its tokens by now
         known = len(self.worker.seqs[piece.rid].hashes)
         full = (piece.start + piece.count + count - 1) // self.spec.block_size
         if full <= known:

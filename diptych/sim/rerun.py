@@ -47,6 +47,7 @@ from diptych.policy.messages import (
     WorkerUp,
     request_of,
 )
+from diptych.policy.retention import Release, Replicate, Replicated
 from diptych.sim.agenda import instant
 from diptych.sim.conditions import ClientGone
 from diptych.sim.costs import Costs, Link
@@ -54,7 +55,7 @@ from diptych.sim.driver import Simulation, Stuck
 from diptych.sim.machine import Machine
 from diptych.sim.router import ROUTER
 
-PEER_MESSAGES = (Offer, Publish, Done, Answer, Revoke, Drop, Beat)
+PEER_MESSAGES = (Offer, Publish, Done, Answer, Revoke, Drop, Beat, Replicate, Replicated, Release)
 Entry = tuple[float, Message, list[Message]]
 Pair = tuple[str, str]
 
