@@ -5,6 +5,7 @@ a sequence on this worker:
 
     Place --> claims --(memory)--> running --(steps)--> finished              part mixed (`memory.py`, `batching.py`)
     Place --> claims --(memory)--> running --> offered --(Done)--> finished   part prefill (`source.py`)
+    Place --> claims --(memory)--> running --> finished                       part prefill, writing nothing
     Place --> incoming --(reads)--> running --> finished                      part decode (`sink.py`)
 
 Not responsible for computing, moving bytes, waiting or reading a clock.
@@ -180,11 +181,14 @@ class Worker:
             self.memory.seal(seq)
             if piece.sample:
                 self._sampled(now, seq, event.count, piece.rid in event.finished)
-            elif seq.part == Role.PREFILL:
+            elif seq.offers:
                 self._orders += self.source.publish(seq, now, final=False)
 
     def _sampled(self, now: float, seq: Sequence, count: int, stopped: bool) -> None:
-        """It wrote `count` tokens of its answer."""
+        """It wrote `count` tokens of its answer, or has come to the end of a prompt that has none."""
+        if seq.max_new == 0:
+            self._end(now, seq, Reason.COMPUTED)
+            return
         self._orders.append(Emit(seq.rid, seq.emitted, count))
         seq.emitted += count
         if stopped or seq.emitted >= seq.max_new:
@@ -349,6 +353,7 @@ class Worker:
 _LAST = {
     Reason.STOP: Rung.FINISHED,
     Reason.LENGTH: Rung.FINISHED,
+    Reason.COMPUTED: Rung.FINISHED,
     Reason.HANDED_OVER: Rung.FINISHED,
     Reason.CANCELLED: Rung.CANCELLED,
 }

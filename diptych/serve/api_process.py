@@ -115,7 +115,7 @@ class RouterFrontend:
             error = (message.status, message.why) if message.status else None
             tokens, extra = unpack_emit(message.count, attachment)
             stream.put_nowait(
-                Chunk(tokens, reason, error, extra.cached, scores=extra.scores, prompt_scores=extra.prompt)
+                Chunk(tokens, reason, error, extra.cached, extra.scores, extra.prompt, extra.vector)
             )
 
     def _lost(self, why: str) -> None:
