@@ -11,7 +11,6 @@ from typing import Any, Literal, NamedTuple, Protocol
 from diptych.policy.messages import Run
 from diptych.transfer.pool import Pool
 
-
 Pooling = Literal["", "last", "mean", "labels"]
 """What is wanted after a prompt: a token (""), its last or mean hidden state, or what a classifier says of it."""
 

@@ -39,7 +39,7 @@ def _find_class(facts: ModelFacts) -> Any:
         from transformers.models.auto import modeling_auto as auto
     except ImportError as error:
         raise ConfigError(f"transformers cannot be imported ({error}); install diptych[torch]") from error
-    names = {
+    names: dict[str, Any] = {
         # A multimodal checkpoint runs in its own class too, and is never shown an image.
         "generate": {**auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, **auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES},
         "classify": auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,

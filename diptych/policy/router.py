@@ -275,7 +275,9 @@ class Router:
             self._release(request.prefill, 0)
             request.prefill = ""
         elif event.reason in WELL:
-            if event.worker == request.prefill and request.decode:  # over with its first token: the decode side waits for nothing
+            if (
+                event.worker == request.prefill and request.decode
+            ):  # over with its first token: the decode side waits for nothing
                 self._orders.append(Cancel(request.decode, request.rid))
             self._prefilled(request)
             self._close(now, request, "finished", Rung.FINISHED)

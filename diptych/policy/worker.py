@@ -60,8 +60,7 @@ class Worker:
         self._next_step = 0
         self._orders: list[WorkerOrder] = []
         self.memory = Memory(spec, self.pool, self.source, self.sink, self.times, self._steps, self._orders)
-        self.claims = self.memory.claims
-        self.running = self.memory.running
+        self.claims, self.running = self.memory.claims, self.memory.running
 
     def on(self, now: float, event: WorkerEvent) -> list[WorkerOrder]:
         """Take in one event; returns what is to be done about it, in order."""
@@ -137,8 +136,7 @@ class Worker:
     # --- coming in -----------------------------------------------------------------------------------------------
 
     def _place(self, now: float, place: Place) -> None:
-        seq = Sequence(place, now)
-        self.seqs[seq.rid] = seq
+        seq = self.seqs[place.rid] = Sequence(place, now)
         if self.pool.blocks_for(seq.target - 1) > self.pool.num_blocks:  # the last token's KV is never written
             self._end(now, seq, Reason.REFUSED)
         elif place.part == Role.DECODE:
@@ -186,13 +184,12 @@ class Worker:
 
     def _sampled(self, now: float, seq: Sequence, count: int, stopped: bool) -> None:
         """It wrote `count` tokens of its answer, or has come to the end of a prompt that has none."""
-        if seq.max_new == 0:
-            self._end(now, seq, Reason.COMPUTED)
-            return
-        self._orders.append(Emit(seq.rid, seq.emitted, count))
+        if seq.max_new:
+            self._orders.append(Emit(seq.rid, seq.emitted, count))
         seq.emitted += count
         if stopped or seq.emitted >= seq.max_new:
-            self._end(now, seq, Reason.STOP if stopped else Reason.LENGTH)
+            full = Reason.LENGTH if seq.max_new else Reason.COMPUTED
+            self._end(now, seq, Reason.STOP if stopped else full)
         elif seq.part == Role.PREFILL:
             self.running.remove(seq)
             seq.life.climb(Rung.HANDOVER, now)

@@ -41,7 +41,8 @@ class ModelCard:
 class Job:
     """One prompt to be continued. `hashes` are those of its full blocks, `root` the one before the first.
 
-    A lower `priority` goes first. `max_new` 0: nothing is to be written, `sampling.pooling` says what is wanted instead.
+    A lower `priority` goes first. With `max_new` 0 nothing is written, and `sampling.pooling` says what is
+    wanted instead.
     """
 
     tokens: list[int]

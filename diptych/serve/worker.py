@@ -168,8 +168,8 @@ class WorkerDriver:
             case Finish():
                 held = self._held.pop(order.rid, None)
                 self._ports.forget(order.rid)
-                came = held is not None and order.reason == Reason.COMPUTED
-                self._ports.report(order, pack_emit(b"", Extra(held.cached, vector=held.vector)) if came else b"")
+                came = held if order.reason == Reason.COMPUTED else None
+                self._ports.report(order, pack_emit(b"", Extra(came.cached, vector=came.vector)) if came else b"")
             case Publish():
                 self._tell(order, self._describe(order))
             case Pull():

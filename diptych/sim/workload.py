@@ -39,7 +39,9 @@ class Arrival:
 
     def __post_init__(self) -> None:
         if self.num_prompt < 1 or not min(1, self.max_new) <= self.output_len <= self.max_new:
-            raise ValueError(f"lengths must hold 1 <= prompt and 1 <= output <= max_new, or 0 = output = max_new: {self}")
+            raise ValueError(
+                f"lengths must hold 1 <= prompt and 1 <= output <= max_new, or 0 = output = max_new: {self}"
+            )
 
     def text_hash(self, index: int) -> bytes:
         """The hash of a full block of its text, prompt or answer."""
