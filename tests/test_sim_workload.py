@@ -56,6 +56,7 @@ def test_workloads_can_be_merged_and_traces_put_in() -> None:
 
 
 def test_impossible_lengths_are_refused() -> None:
-    for lengths in ((0, 1, 1), (1, 1, 0), (1, 1, 2)):
+    assert Arrival(0.0, 1, 0, 0).max_new == 0, "an embedding writes nothing"
+    for lengths in ((0, 1, 1), (1, 1, 0), (1, 1, 2), (0, 0, 0), (1, 0, 1)):
         with pytest.raises(ValueError, match="lengths"):
             Arrival(0.0, *lengths)

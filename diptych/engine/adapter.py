@@ -17,7 +17,7 @@ from torch import Tensor
 from diptych.engine.attention import Batch, forward_context, paged_attention
 from diptych.engine.families import class_of
 from diptych.engine.packing import pack_linears
-from diptych.errors import ConfigError
+from diptych.errors import ConfigError, UnsupportedModel
 from diptych.modelfacts import ModelFacts, dtype_bytes, read_facts
 
 ATTENTION = "diptych_paged"
@@ -85,6 +85,8 @@ def load(model: str | Path, dtype: str | None = None, device: str = "cpu", probe
     if not torch_dtype.is_floating_point:
         raise ConfigError(f"a model cannot compute in {dtype}; use float32 or bfloat16")
     module = _load_module(facts, torch_dtype).to(device)
+    if facts.task == "classify" and not hasattr(module, "score"):
+        raise UnsupportedModel(f"{facts.folder} is not supported: its head is more than one 'score' matrix")
     loaded = Model(facts, module, torch_dtype, torch.device(device))
     with torch.inference_mode():
         pack_linears(module)
