@@ -36,14 +36,17 @@ def test_a_mean_of_half_precision_is_summed_in_float32():
     assert pooled(states, "mean", [0, 2048, 4096]).tolist() == [1.0] * 4
 
 
-def test_a_mean_starts_anew_where_its_prompt_is_computed_again():
+@pytest.mark.parametrize("again", [0, 3, 5, 6])
+def test_a_mean_counts_what_is_computed_again_once(again):
+    """After a preemption a prompt goes on from its start, or from those of its blocks that are still cached."""
     states = torch.randn(8, 4, generator=torch.manual_seed(2))
     sequence = Sequence([0] * 8, 8, Sampling(pooling="mean"))
-    pool(Piece(1, sequence, 0, 5, TABLE, False), states[:5])
-    assert torch.allclose(pool(Piece(1, sequence, 0, 8, TABLE, True), states), states.mean(0), atol=1e-6)
+    for start, end in ((0, 6), (again, again + 1), (again + 1, 8)):
+        vector = pool(Piece(1, sequence, start, end - start, TABLE, end == 8), states[start:end])
+    assert torch.allclose(vector, states.mean(0), atol=1e-6)
 
 
-def test_a_mean_of_a_prompt_that_was_not_computed_from_its_start_is_refused():
+def test_a_mean_of_a_prompt_whose_beginning_was_found_is_refused():
     sequence = Sequence([0] * 8, 8, Sampling(pooling="mean"))
     with pytest.raises(RuntimeError, match="first 4 tokens were found"):
         pool(Piece(1, sequence, 4, 4, TABLE, True), torch.ones(4, 2))

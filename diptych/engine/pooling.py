@@ -12,13 +12,17 @@ from diptych.engine.sequence import Piece
 def pool(piece: Piece, states: Tensor) -> Tensor | None:
     """Take in a slice's hidden states [count, hidden]; at the end of its prompt, the pooled one [hidden].
 
-    A mean is summed in float32 from chunk to chunk, so it needs every token of the prompt computed, none found.
+    A mean is summed in float32 from chunk to chunk. What is computed again, after its memory was taken back, was summed
+    before; but nothing may be found that another prompt has computed.
     """
     sequence = piece.sequence
     if sequence.sampling.pooling != "mean":
         return states[-1] if piece.sample else None
-    fresh = states.sum(0, dtype=torch.float32)
-    if piece.start > 0 and sequence.pooled is None:
+    begin = sequence.num_pooled - piece.start
+    if begin < 0:
         raise RuntimeError(f"sequence {piece.rid}: a mean is wanted, and its first {piece.start} tokens were found")
-    sequence.pooled = fresh if piece.start == 0 else sequence.pooled + fresh
+    if begin < piece.count:
+        fresh = states[begin:].sum(0, dtype=torch.float32)
+        sequence.pooled = fresh if sequence.pooled is None else sequence.pooled + fresh
+        sequence.num_pooled = piece.end
     return sequence.pooled / piece.end if piece.sample else None

@@ -55,6 +55,7 @@ class Sequence:
     num_computed: int = 0
     matcher: Matcher | None = None  # where its answer stands in its grammar; made when it is first asked
     pooled: Any = None  # the sum of the hidden states so far, where their mean is wanted
+    num_pooled: int = 0  # of so many tokens
 
     def append_sampled(self, token: int) -> bool:
         """Take a sampled token; True where it ends the sequence (a stop id, and `min_new` tokens were written)."""
