@@ -120,7 +120,9 @@ def test_what_a_checkpoint_is_for(tmp_path):
 
 def test_pooling_is_what_sentence_transformers_recorded(tmp_path):
     def pooling(*kinds, **said):
-        modules = [{"idx": i, "path": f"{i}_{k}", "type": f"sentence_transformers.models.{k}"} for i, k in enumerate(kinds)]
+        modules = [
+            {"idx": i, "path": f"{i}_{k}", "type": f"sentence_transformers.models.{k}"} for i, k in enumerate(kinds)
+        ]
         (tmp_path / "modules.json").write_text(json.dumps(modules))
         (tmp_path / "1_Pooling").mkdir(exist_ok=True)
         (tmp_path / "1_Pooling" / "config.json").write_text(json.dumps({"word_embedding_dimension": 8, **said}))

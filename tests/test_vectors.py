@@ -177,8 +177,8 @@ def test_a_checkpoint_without_a_head(family: str, tmp_path: Path) -> None:
     cluster.close()
 
 
-@pytest.mark.parametrize("num_labels", [1, 2, 5])
-@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2", "gpt2", "gpt_oss"])
+@pytest.mark.parametrize("num_labels", [1, 2, 3])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2"])
 def test_classes_are_the_models_own(family: str, num_labels: int, tmp_path: Path) -> None:
     folder = make_checkpoint(family, tmp_path, seed=3, task="classify", num_labels=num_labels)
     model = transformers.AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32).eval()
