@@ -1,4 +1,4 @@
-"""Vectors and scores from real processes: transformers' own numbers, and no decode worker hears of them.
+"""Vectors and scores from real processes: transformers' own numbers, and no decode worker hears of them."""
 
 import asyncio
 import os
@@ -137,6 +137,7 @@ def test_a_cross_encoder_is_transformers_own(tmp_path: Path) -> None:
     with torch.inference_mode():
         pairs = [tokenizer(QUERY, text, return_tensors="pt") for text in TEXTS]
         wanted = [float(model(input_ids=pair["input_ids"]).logits.sigmoid()) for pair in pairs]
+    assert max(wanted) - min(wanted) > 0.05, "texts that all have one score prove little"
     with live(model=str(folder), prefill=1, decode=1, chunk=32) as supervisor:
         before = httpx.get(f"{supervisor.url}/workers").json()["workers"]
         got = httpx.post(f"{supervisor.url}/v1/score", json={"text_1": QUERY, "text_2": TEXTS}).json()
