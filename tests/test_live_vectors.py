@@ -19,9 +19,11 @@ import transformers
 from checkpoints import make_checkpoint
 from clusters import answer_of, connected, live, settled
 
+from diptych import LLM
 from diptych.config import DEMO
 from diptych.engine.executor import Sampling
 from diptych.engine.paced import oracle, vector_oracle
+from diptych.errors import BadRequest
 from diptych.journal import read_journals
 from diptych.policy.messages import Reason
 from diptych.serve.build import cluster_card
@@ -122,6 +124,19 @@ def test_the_example_runs(cluster: Supervisor) -> None:
     command = [sys.executable, str(ROOT / "examples/embeddings.py"), "--url", cluster.url]
     said = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
     assert "128 numbers each" in said and "closest: " in said
+
+
+def test_offline() -> None:
+    wanted = expected([QUERY, *TEXTS], "last")
+    with LLM("demo", prefill=1, decode=1, kv_memory="16MiB") as llm:
+        assert llm.embed(QUERY) == pytest.approx(wanted[0].numpy(), abs=1e-4)
+        for ours, theirs in zip(llm.embed(TEXTS, pooling="mean"), expected(TEXTS, "mean"), strict=True):
+            assert ours == pytest.approx(theirs.numpy(), abs=1e-4)
+        assert llm.score(QUERY, TEXTS) == pytest.approx([float(wanted[0] @ other) for other in wanted[1:]], abs=1e-4)
+        assert llm.cluster.workers["d0"].num_steps == 0
+        for bad in ("", [], ["a", ""], "word " * 20000):
+            with pytest.raises(BadRequest):
+                llm.embed(bad)
 
 
 # --- a cross-encoder -----------------------------------------------------------------------------------------------

@@ -131,7 +131,8 @@ def test_the_sides_of_a_score_have_several_names() -> None:
 def test_a_mean_lets_nothing_be_found() -> None:
     tokens = list(range(40))
     call = EmbeddingCall(input="x", cache_salt="tenant", priority=3)
-    job = pooling.job(tokens, "last", call, CARD)
+    (job,) = pooling.jobs([tokens], "last", call, CARD)
     assert (job.max_new, job.priority, job.sampling.pooling, len(job.hashes)) == (0, 3, "last", 2)
-    assert job.hashes != pooling.job(tokens, "last", EmbeddingCall(input="x"), CARD).hashes, "a tenant has its own"
-    assert pooling.job(tokens, "mean", call, CARD).hashes == ()
+    (other,) = pooling.jobs([tokens], "last", EmbeddingCall(input="x"), CARD)
+    assert job.hashes != other.hashes, "a tenant has its own"
+    assert [job.hashes for job in pooling.jobs([tokens] * 2, "mean", call, CARD)] == [(), ()]

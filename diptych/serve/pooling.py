@@ -314,10 +314,14 @@ def _as_list(texts: Texts) -> list[str]:
     return [texts] if isinstance(texts, str) else texts
 
 
-def job(tokens: list[int], pooling: Pooling, call: _Common, card: ModelCard) -> Job:
-    """A prompt that is to be pooled. A mean needs every token computed, so nothing of its prompt may be found."""
-    root, hashes = prompt_hashes(tokens, card, call.cache_salt or "")
-    return Job(tokens, 0, Sampling(pooling=pooling), call.priority or 0, root, hashes if pooling != "mean" else ())
+def jobs(prompts: Sequence[list[int]], pooling: Pooling, call: _Common, card: ModelCard) -> list[Job]:
+    """Prompts that are to be pooled. A mean needs every token computed, so nothing of its prompt may be found."""
+    made = []
+    for tokens in prompts:
+        root, hashes = prompt_hashes(tokens, card, call.cache_salt or "")
+        found = () if pooling == "mean" else hashes
+        made.append(Job(tokens, 0, Sampling(pooling=pooling), call.priority or 0, root, found))
+    return made
 
 
 # --- what is made of a vector ------------------------------------------------------------------------------------

@@ -75,7 +75,7 @@ class Retrieval:
             ]
             return self._reply(pooling.Embeddings, "embd", call, data, prompts)
 
-        return self._vectors(prompts, how, call, render, arrived)
+        return await self._vectors(prompts, how, call, render, arrived)
 
     async def score(self, request: Request) -> Vectors:
         """`POST /v1/score`."""
@@ -89,7 +89,7 @@ class Retrieval:
             data = [pooling.Score(i, score) for i, score in enumerate(scores)]
             return self._reply(pooling.Scores, "score", call, data, compared.prompts)
 
-        return self._vectors(compared.prompts, compared.pooling, call, render, arrived)
+        return await self._vectors(compared.prompts, compared.pooling, call, render, arrived)
 
     async def rerank(self, request: Request) -> Vectors:
         """`POST /v1/rerank`."""
@@ -109,7 +109,7 @@ class Retrieval:
             ident = f"rerank-{uuid.uuid4().hex}"
             return msgspec.json.encode(pooling.Reranked(ident, name, results, pooling.usage(compared.prompts)))
 
-        return self._vectors(compared.prompts, compared.pooling, call, render, arrived)
+        return await self._vectors(compared.prompts, compared.pooling, call, render, arrived)
 
     async def classify(self, request: Request) -> Vectors:
         """`POST /v1/classify`."""
@@ -127,7 +127,7 @@ class Retrieval:
                 data.append(pooling.Class(i, labels[int(vector.argmax())], shown.tolist(), len(labels)))
             return self._reply(pooling.Classes, "classify", call, data, prompts)
 
-        return self._vectors(prompts, "labels", call, render, arrived)
+        return await self._vectors(prompts, "labels", call, render, arrived)
 
     async def _read(self, request: Request, decoder: msgspec.json.Decoder[C]) -> tuple[C, int]:
         """The checked body, and how long it is."""
@@ -137,10 +137,11 @@ class Retrieval:
         pooling.refuse_cuts(truncate_prompt_tokens=call.truncate_prompt_tokens)
         return call, len(body)
 
-    def _vectors(
+    async def _vectors(
         self, prompts: list[list[int]], how: Pooling, call: C, render: Callable[[list[Vector]], bytes], arrived: float
     ) -> Vectors:
-        jobs = [pooling.job(tokens, how, call, self.card) for tokens in prompts]
+        make = partial(pooling.jobs, prompts, how, call, self.card)
+        jobs = await aside(sum(map(len, prompts)), make)  # hashing takes its time too
         return Vectors(jobs, render, self.frontend, self.metrics, arrived)
 
     def _reply(self, kind: Any, prefix: str, call: C, data: list[Any], prompts: Sequence[Sequence[int]]) -> bytes:
