@@ -9,12 +9,15 @@ import json
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from diptych.errors import ConfigError, UnsupportedModel
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "uint8": 1, "int8": 1}
 WEIGHT_SUFFIXES = (".safetensors", ".safetensors.index.json", ".bin")
+
+Task = Literal["generate", "embed", "classify"]
+"""What a checkpoint is for, by its class: a language model (which embeds too), one without a head, a classifier."""
 
 # What families call the same thing in config.json; the first name present counts.
 _NAMES = {
@@ -44,6 +47,10 @@ class ModelFacts:
     eos_ids: tuple[int, ...]
     bos_id: int | None
     fingerprint: str  # hex; changes with the configuration and with the weight files' names and sizes
+    task: Task
+    labels: tuple[str, ...]  # of a classifier, by index
+    pooling: str  # how a vector is made of a text: "last", "mean", or "" for a way that is not known here
+    matryoshka: tuple[int, ...] | None  # shorter vectors it was trained for: None no, () any length
 
     def kv_bytes_per_token(self, dtype: str | None = None) -> int:
         """Bytes of keys and values that one token leaves in all layers, stored as `dtype` (default: the weights')."""
@@ -71,12 +78,14 @@ def read_facts(model: str | Path) -> ModelFacts:
     generation = _read_json(generation_path) if generation_path.exists() else {}
     if outer.get("is_encoder_decoder"):
         raise UnsupportedModel(f"{folder} is an encoder-decoder model; only decoder-only language models can be served")
+    architecture = (outer.get("architectures") or ["?"])[0]
+    task = _task(architecture)
     num_heads = _required(config, "num_heads", folder)
     hidden = _required(config, "hidden", folder)
     num_kv_heads, head_dim = _kv_shape(config, num_heads, hidden)
     return ModelFacts(
         folder=str(folder),
-        architecture=(outer.get("architectures") or ["?"])[0],
+        architecture=architecture,
         model_type=outer.get("model_type", "?"),
         num_layers=_required(config, "num_layers", folder),
         hidden=hidden,
@@ -90,6 +99,10 @@ def read_facts(model: str | Path) -> ModelFacts:
         eos_ids=_ids(generation.get("eos_token_id", config.get("eos_token_id"))),
         bos_id=next(iter(_ids(generation.get("bos_token_id", config.get("bos_token_id")))), None),
         fingerprint=_fingerprint(folder),
+        task=task,
+        labels=_labels(outer) if task == "classify" else (),
+        pooling=_pooling(folder),
+        matryoshka=_matryoshka(config),
     )
 
 
@@ -116,15 +129,15 @@ def _download(name: str) -> Path:
         raise ConfigError(f"{name!r} is neither a checkpoint folder nor to be had from the hub: {error}") from error
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_json(path: Path, kind: type = dict) -> Any:
     try:
         value = json.loads(path.read_text())
     except FileNotFoundError:
         raise ConfigError(f"{path} is missing; is this a checkpoint folder?") from None
     except ValueError as error:
         raise ConfigError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise ConfigError(f"{path} should hold a JSON object")
+    if not isinstance(value, kind):
+        raise ConfigError(f"{path} should hold a JSON {'object' if kind is dict else 'array'}")
     return value
 
 
@@ -162,6 +175,41 @@ def _ids(value: int | list[int] | None) -> tuple[int, ...]:
             return (value,)
         case _:
             return tuple(value)
+
+
+def _task(architecture: str) -> Task:
+    if architecture.endswith("ForSequenceClassification"):
+        return "classify"
+    bare = architecture.endswith("Model") and not architecture.endswith("LMHeadModel")
+    return "embed" if bare else "generate"
+
+
+def _labels(config: dict[str, Any]) -> tuple[str, ...]:
+    """A classifier's labels. transformers writes `id2label` unless there are two of them without names."""
+    named = config.get("id2label")
+    if named:
+        return tuple(str(named[key]) for key in sorted(named, key=int))
+    return tuple(f"LABEL_{i}" for i in range(config.get("num_labels", 2)))
+
+
+def _pooling(folder: Path) -> str:
+    """How a vector is made of a text, as sentence-transformers records it; the last token's where nothing is said."""
+    if not (folder / "modules.json").is_file():
+        return "last"
+    modules = _read_json(folder / "modules.json", list)
+    kinds = [str(module.get("type")).rpartition(".")[2] for module in modules]
+    if kinds not in (["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize"]):
+        return ""
+    pooling = _read_json(folder / str(modules[1].get("path")) / "config.json")
+    chosen = [name for name, on in pooling.items() if name.startswith("pooling_mode_") and on]
+    return {"pooling_mode_lasttoken": "last", "pooling_mode_mean_tokens": "mean"}.get("+".join(chosen), "")
+
+
+def _matryoshka(config: dict[str, Any]) -> tuple[int, ...] | None:
+    """As vLLM reads it: `matryoshka_dimensions`, or `is_matryoshka` for any."""
+    if config.get("matryoshka_dimensions"):
+        return tuple(config["matryoshka_dimensions"])
+    return () if config.get("is_matryoshka") else None
 
 
 def _estimate_params(config: dict[str, Any], hidden: int, num_heads: int) -> int:

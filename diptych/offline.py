@@ -1,8 +1,9 @@
-"""`LLM`: a whole cluster inside one Python process, for scripts and notebooks. Three lines are enough:
+"""`LLM`: a whole cluster inside one Python process, for scripts and notebooks. A few lines are enough:
 
     from diptych import LLM
     llm = LLM("demo", prefill=1, decode=1)
     print(llm.generate("The fox").text)
+    print(llm.score("The fox", ["A fox", "The code"]))
 
 The same policy, engine and handover as `diptych serve`; steps run one after the other, so pairs show how things work
 and give no speed. Not responsible for serving several users at once.
@@ -13,12 +14,16 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, overload
 
+import numpy as np
+
 from diptych.config import load_cluster
-from diptych.engine.executor import Sampling
+from diptych.engine.executor import Pooling, Sampling
 from diptych.errors import BadRequest
 from diptych.modelfacts import locate
 from diptych.serve.build import build
 from diptych.serve.local import Answer, LocalCluster
+from diptych.serve.openai import check_writes
+from diptych.serve.pooling import Vector, check_embeds, compare, encode, shaped
 from diptych.serve.text import Text
 
 Prompt = str | list[int]
@@ -71,11 +76,44 @@ class LLM:
         """Answer a conversation."""
         return self._run([self.text.encode_chat(messages)], max_tokens, sampling)[0]
 
+    @overload  # a str is a sequence of str too
+    def embed(  # type: ignore[overload-overlap]
+        self, prompts: Prompt, *, pooling: str | None = None, normalize: bool = True
+    ) -> Vector: ...
+    @overload
+    def embed(
+        self, prompts: Sequence[Prompt], *, pooling: str | None = None, normalize: bool = True
+    ) -> list[Vector]: ...
+    def embed(
+        self, prompts: Prompt | Sequence[Prompt], *, pooling: str | None = None, normalize: bool = True
+    ) -> Vector | list[Vector]:
+        """The embedding of one prompt, or of several at once: float32 [hidden]. `pooling`: "last" or "mean"."""
+        how = check_embeds(self.cluster.card, pooling, None)
+        vectors = self._pool(encode(prompts, True, self.text, self.cluster.card, "prompts"), how)  # type: ignore[arg-type]
+        shown = [shaped(vector, normalize=normalize) for vector in vectors]
+        return shown[0] if isinstance(prompts, str) or isinstance(prompts[0], int) else shown
+
+    def score(self, first: str | Sequence[str], second: str | Sequence[str]) -> list[float]:
+        """How well each second text goes with the first one, or with the first one of its pair (`/v1/score`)."""
+        firsts, seconds = ([texts] if isinstance(texts, str) else texts for texts in (first, second))
+        compared = compare(firsts, seconds, self.text, self.cluster.card, ("first", "second"))
+        return compared.scores(self._pool(compared.prompts, compared.pooling))
+
     def close(self) -> None:
         """Give the memory back."""
         self.cluster.close()
 
+    def _pool(self, prompts: list[list[int]], how: Pooling) -> list[Vector]:
+        sampling = Sampling(pooling=how)
+        answers = [self.cluster.submit(tokens, 0, sampling, find=how != "mean") for tokens in prompts]
+        self.cluster.run_until(answers)
+        for answer in answers:
+            if answer.error is not None:
+                raise answer.error
+        return [np.frombuffer(answer.vector, np.float32) for answer in answers]
+
     def _run(self, prompts: list[Prompt], max_tokens: int, sampling: dict[str, Any]) -> list[Completion]:
+        check_writes(self.cluster.card)
         how = Sampling(**{"stop_ids": self.cluster.card.stop_ids, **sampling})
         answers = []
         for prompt in prompts:

@@ -170,10 +170,11 @@ REFUSED: dict[str, tuple[Family, str]] = {
 }
 
 
-def make_checkpoint(arch: str, folder: Path, seed: int = 0, **overrides: Any) -> Path:
+def make_checkpoint(arch: str, folder: Path, seed: int = 0, task: str = "generate", **overrides: Any) -> Path:
     """Write a random fp32 checkpoint of 3 layers, 4 heads on 2 KV heads, vocabulary 300; returns the folder.
 
     `arch` is a key of FAMILIES or REFUSED; `overrides` are configuration fields, for example `num_hidden_layers=1`.
+    `task` is "generate", "classify" (`num_labels=3`) or "embed" (without a head).
     """
     import torch
     import transformers
@@ -184,7 +185,11 @@ def make_checkpoint(arch: str, folder: Path, seed: int = 0, **overrides: Any) ->
     fields = _fields({**own.get("text_config", own), **overrides})
     if "text_config" in own:
         fields = {**own, "text_config": fields, "tie_word_embeddings": False}
-    names = {**auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, **auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES}
+    names = {
+        "generate": {**auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, **auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES},
+        "classify": auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+        "embed": auto.MODEL_MAPPING_NAMES,
+    }[task]
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = getattr(transformers, names[family])(CONFIG_MAPPING[family](**fields))

@@ -152,8 +152,9 @@ def _draw_arrivals(pick: Pick, size: int, longest: int) -> tuple[Arrival, ...]:
     for stem in range(pick(1, 9)):
         now += pick(0, 5 if hurry else 60) / 1000
         num_prompt = pick(1, max(longest // 4 if talkative else longest - 1, 1))
-        max_new = pick(1, max(min(longest - num_prompt, 40 if talkative else 12), 1))
-        output_len = max_new if pick(0, 1) else pick(1, max_new)
+        silent = pick(0, 5) == 5  # writes nothing
+        max_new = 0 if silent else pick(1, max(min(longest - num_prompt, 40 if talkative else 12), 1))
+        output_len = max_new if silent or pick(0, 1) else pick(1, max_new)
         shared = min(pick(0, 3) * 2, num_prompt // size)
         group = 1 << 63 | pick(0, 1)
         blocks = range(num_prompt // size)
@@ -263,6 +264,21 @@ class Witness:
         for order in orders:
             if isinstance(order, Place):
                 self._places[order.rid] = order
+                role = self._sim.machines[order.worker].spec.role
+                alone = (order.part, order.peer, role != Role.DECODE) == (Role.PREFILL, "", True)
+                assert alone == (order.max_new == 0), f"{order} on a {role} worker"
+        self._watch_books()
+
+    def _watch_books(self) -> None:
+        """What the router thinks it gave each worker is what it gave it and has not got back."""
+        router = self._sim.router
+        for name, view in router.workers.items():
+            here = [r for r in router.requests.values() if name in (r.prefill, r.decode)]
+            held = [r.submitted for r in here if r.decode == name]
+            assert view.num_requests == len(here), (name, view)
+            assert view.held_tokens == sum(s.num_prompt + s.max_new for s in held), (name, view)
+            charged = [r.uncached for r in router.requests.values() if r.charged == name]
+            assert view.prompt_tokens == sum(charged), (name, view)
 
     def _watch_leases(self, name: str, event: Message) -> None:
         worker = self._worker(name)
@@ -341,6 +357,7 @@ class Witness:
             if emit is not None:
                 assert piece.sample and emit.count == 1
                 assert emit.first == piece.start + piece.count - self._places[piece.rid].num_prompt
+                assert self._places[piece.rid].max_new > 0, f"{piece.rid} was to write nothing"
         assert not emits
         if memory.steps:
             self._begin_step(name)

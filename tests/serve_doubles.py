@@ -6,7 +6,7 @@ import json
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +81,19 @@ def scoring_echo(job: Job) -> Iterator[Chunk]:
     yield Chunk([], Reason.LENGTH)
 
 
+def vector_of(tokens: list[int]) -> "np.ndarray[Any, np.dtype[np.float32]]":
+    """What a model that pools makes of a prompt: a few numbers that say how often each token id modulo 4 is there."""
+    return np.array([1 + sum(token % 4 == i for token in tokens) for i in range(4)], np.float32)
+
+
+def pooling(job: Job, num_labels: int = 1) -> Iterator[Chunk]:
+    """A model that makes a vector of its prompt (a classifier: its first numbers as logits)."""
+    vector = vector_of(job.tokens)
+    if job.sampling.pooling == "labels":
+        vector = vector[:num_labels] - 5
+    yield Chunk([], Reason.COMPUTED, cached=2, vector=vector.tobytes())
+
+
 def saying(*chunks: Chunk) -> Callable[[Job], Iterable[Chunk]]:
     """A model that always answers with these chunks."""
     return lambda job: chunks
@@ -140,11 +153,15 @@ class Live:
 
 @contextlib.contextmanager
 def serving(
-    text: Text, frontend: FakeFrontend | None = None, settings: Settings | None = None, max_tokens: int = 12_000
+    text: Text,
+    frontend: FakeFrontend | None = None,
+    settings: Settings | None = None,
+    max_tokens: int = 12_000,
+    **card: Any,
 ) -> Iterator[Live]:
-    """Run the API with a real uvicorn in a thread."""
+    """Run the API with a real uvicorn in a thread. `card`: what its model's card says otherwise."""
     frontend = frontend or FakeFrontend()
-    server = make_server(make_app(frontend, text, card_of(text, max_tokens), settings))
+    server = make_server(make_app(frontend, text, replace(card_of(text, max_tokens), **card), settings))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     while not server.started:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from diptych.engine.executor import Sampling
-from diptych.engine.paced import PacedExecutor, PacedModel, content, oracle, paced_layout
+from diptych.engine.paced import VECTOR_WIDTH, PacedExecutor, PacedModel, content, oracle, paced_layout, vector_oracle
 from diptych.errors import ConfigError
 from diptych.policy.messages import Run, Slice
 from diptych.transfer.layout import Layout
@@ -157,6 +157,22 @@ def test_any_damage_to_a_page_changes_the_next_token(damage):
     loop.done[0], loop.known[0] = 41, 42
     loop.executor.pool.view[:] = undamaged
     assert loop.run(0, 2) == wanted[2:], "and repaired, it goes on"
+
+
+@pytest.mark.parametrize("pooling", ["last", "mean"])
+@pytest.mark.parametrize("chunk", [1, 7, 10**9])
+def test_a_vector_is_the_oracles_whatever_the_chunks(pooling, chunk):
+    loop, prompt = Loop(), prompt_of(41, 6)
+    loop.admit(0, prompt, sampling=Sampling(pooling=pooling))
+    results = []
+    while loop.done[0] < 41:
+        results.append(loop.executor.collect(loop.launch([(0, min(chunk, 41 - loop.done[0]))])))
+    assert not any(result.tokens for result in results)
+    assert [result.vectors for result in results] == [{}] * (len(results) - 1) + [
+        {0: vector_oracle(prompt, MODEL, pooling)}
+    ]
+    numbers = np.frombuffer(results[-1].vectors[0], np.float32)
+    assert numbers.shape == (VECTOR_WIDTH,) and -1 <= numbers.min() < numbers.max() < 1
 
 
 def test_bytes_behind_the_last_token_do_not_matter():

@@ -333,8 +333,8 @@ def test_other_families_and_broken_folders_are_refused(tmp_path, folders):
     (tmp_path / "config.json").write_text(config.replace('"llama"', '"alpaca"'))
     with pytest.raises(UnsupportedModel, match="'alpaca' model .*has no language model class"):
         adapter.load(tmp_path)
-    (tmp_path / "config.json").write_text(config.replace("ForCausalLM", "ForSequenceClassification"))
-    with pytest.raises(UnsupportedModel, match="is a LlamaForSequenceClassification, not a language model"):
+    (tmp_path / "config.json").write_text(config.replace("LlamaForCausalLM", "AlpacaForSequenceClassification"))
+    with pytest.raises(UnsupportedModel, match="is a AlpacaForSequenceClassification, not a sequence classification"):
         adapter.load(tmp_path)
     (tmp_path / "config.json").write_text(config.replace("LlamaForCausalLM", "LlavaForConditionalGeneration"))
     with pytest.raises(UnsupportedModel, match="is a LlavaForConditionalGeneration, not a language model"):

@@ -105,6 +105,37 @@ def test_fingerprints_change_with_configuration_and_weights(tmp_path):
     assert read_facts(tmp_path / "a").fingerprint == same[0]
 
 
+def test_what_a_checkpoint_is_for(tmp_path):
+    facts = facts_of(tmp_path)
+    assert (facts.task, facts.labels, facts.pooling, facts.matryoshka) == ("generate", (), "last", None)
+    assert facts_of(tmp_path, architectures=["GPT2LMHeadModel"]).task == "generate"
+    assert facts_of(tmp_path, architectures=["MistralModel"]).task == "embed"
+    classifier = {"architectures": ["LlamaForSequenceClassification"]}
+    named = facts_of(tmp_path, **classifier, id2label={"1": "good", "0": "bad"})
+    assert (named.task, named.labels) == ("classify", ("bad", "good"))
+    assert facts_of(tmp_path, **classifier).labels == ("LABEL_0", "LABEL_1"), "transformers leaves the default out"
+    assert facts_of(tmp_path, is_matryoshka=True).matryoshka == ()
+    assert facts_of(tmp_path, matryoshka_dimensions=[64, 256]).matryoshka == (64, 256)
+
+
+def test_pooling_is_what_sentence_transformers_recorded(tmp_path):
+    def pooling(*kinds, **said):
+        modules = [
+            {"idx": i, "path": f"{i}_{k}", "type": f"sentence_transformers.models.{k}"} for i, k in enumerate(kinds)
+        ]
+        (tmp_path / "modules.json").write_text(json.dumps(modules))
+        (tmp_path / "1_Pooling").mkdir(exist_ok=True)
+        (tmp_path / "1_Pooling" / "config.json").write_text(json.dumps({"word_embedding_dimension": 8, **said}))
+        return facts_of(tmp_path).pooling
+
+    mean = {"pooling_mode_cls_token": False, "pooling_mode_mean_tokens": True}
+    assert pooling("Transformer", "Pooling", "Normalize", **mean) == "mean"
+    assert pooling("Transformer", "Pooling", pooling_mode_lasttoken=True) == "last"
+    assert pooling("Transformer", "Pooling", pooling_mode_cls_token=True) == ""
+    assert pooling("Transformer", "Pooling", pooling_mode_lasttoken=True, **mean) == ""
+    assert pooling("Transformer", "Pooling", "Dense", **mean) == "", "a projection that is not here"
+
+
 def test_errors_say_what_to_change(tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match="has no config.json; --model wants a checkpoint folder"):
         read_facts(tmp_path)

@@ -95,6 +95,44 @@ def test_in_a_mixture_only_long_prompts_are_disaggregated() -> None:
     assert [part for _, _, part, _ in places(cached)] == [Role.MIXED], "what is cached there counts for nothing"
 
 
+def test_what_writes_nothing_goes_to_whoever_computes_prompts_and_to_nobody_else() -> None:
+    made = router("pdm", policy="least-loaded")
+    placed = [places(submit(made, i, max_new=0, hashes=()))[0] for i in range(4)]
+    assert [(part, peer) for _, _, part, peer in placed] == [(Role.PREFILL, "")] * 4
+    assert [worker for worker, *_ in placed] == ["p0", "m2", "p0", "m2"]
+    decode = made.workers["d1"]
+    assert (decode.num_requests, decode.held_tokens, decode.prompt_tokens, decode.last_placed) == (0, 0, 0, 0)
+    for number, (worker, rid, _, _) in enumerate(placed):
+        assert made.on(0.0, Finish(rid, worker, Reason.COMPUTED)) == []
+        assert number not in made.requests
+    assert made.num["finished"] == 4
+    assert all((v.num_requests, v.held_tokens, v.prompt_tokens) == (0, 0, 0) for v in made.workers.values())
+
+
+def test_it_follows_its_prefix_like_any_other() -> None:
+    made = router("pp")
+    made.on(0.0, Finish(places(submit(made, 1, max_new=0))[0][1], "p0", Reason.COMPUTED))
+    submit(made, 2, 16, max_new=0, hashes=(b"x",))
+    assert places(submit(made, 3, max_new=0))[0][0] == "p0"
+
+
+def test_it_is_placed_again_where_its_worker_is_lost() -> None:
+    made = router("ppd")
+    ((worker, rid, *_),) = places(submit(made, 1, max_new=0))
+    assert made.on(0.0, WorkerLost("d2")) == [], "it has nothing to do with decode workers"
+    again = places(made.on(0.0, WorkerLost(worker)))
+    assert again == [("p1", rid + 1, Role.PREFILL, "")]
+    assert made.on(0.0, Finish(rid, worker, Reason.COMPUTED)) == [] and 1 in made.requests, "that attempt is over"
+    assert made.on(0.0, Cancelled(1)) == [Cancel("p1", rid + 1)]
+
+
+def test_it_is_turned_away_where_it_does_not_fit_or_nobody_computes_prompts() -> None:
+    (reject,) = submit(router("pd", num_blocks=4), 1, 65, max_new=0)
+    assert isinstance(reject, Reject) and reject.status == 400
+    (reject,) = submit(router("d"), 1, 16, max_new=0)
+    assert isinstance(reject, Reject) and reject.status == 503
+
+
 # --- whom it turns away ----------------------------------------------------------------------------------------------
 
 
@@ -232,7 +270,7 @@ class Books(RuleBasedStateMachine):
     def some(self, which: int) -> int:
         return list(self.router.requests)[which % len(self.router.requests)]
 
-    @rule(num_prompt=st.integers(1, 400), max_new=st.integers(1, 20))
+    @rule(num_prompt=st.integers(1, 400), max_new=st.integers(0, 20))
     def submit(self, num_prompt: int, max_new: int) -> None:
         self.next += 1
         self.on(Submitted(self.next, num_prompt, max_new, HASHES[: num_prompt // 16]))
@@ -242,14 +280,14 @@ class Books(RuleBasedStateMachine):
     def proceed(self, which: int, what: str) -> None:
         number = self.some(which)
         view = self.router.requests[number]
-        last = view.decode
+        last = view.decode or view.prefill
         match what:
-            case "progress" if view.life.at not in ("handover", "decoding"):
+            case "progress" if view.submitted.max_new and view.life.at not in ("handover", "decoding"):
                 self.on(Progress(view.rid))
             case "cancel":
                 self.on(Cancelled(number))
             case "stop":
-                self.on(Finish(view.rid, last, Reason.STOP))
+                self.on(Finish(view.rid, last, Reason.STOP if view.submitted.max_new else Reason.COMPUTED))
             case "hand over" if view.prefill and view.life.at == "handover":
                 self.on(Finish(view.rid, view.prefill, Reason.HANDED_OVER))
             case "fail":

@@ -23,6 +23,11 @@ def test_a_finish_that_says_nothing_of_tokens_waits_for_none() -> None:
     assert sequencer.take(handed_over, None) == [(handed_over, None)]
 
 
+def test_an_end_without_any_token_waits_for_none() -> None:
+    computed = Finish(64, "p0", Reason.COMPUTED)
+    assert Sequencer(0).take(computed, "vector") == [(computed, "vector")]
+
+
 def test_a_token_that_was_taken_is_refused() -> None:
     sequencer: Sequencer[None] = Sequencer(5)
     assert len(sequencer.take(Emit(64, 5, 2), None)) == 1

@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import replace
 
+import pytest
+
 from diptych.policy.batching import WorkerSpec
 from diptych.policy.messages import (
     Answer,
@@ -101,6 +103,47 @@ def test_a_whole_prompt_then_one_token_a_step() -> None:
     *_, emit, finish = stage.step()
     assert emit == Emit(1, 2, 1) and isinstance(finish, Finish) and finish.reason == Reason.LENGTH
     assert stage.counts == {"free": 16} and not stage.worker.seqs
+
+
+def silent(stage: Stage, rid: int, num_prompt: int, **details: object) -> list[WorkerOrder]:
+    """Place a prompt after which nothing is written."""
+    return stage.place(rid, num_prompt, max_new=0, part=Role.PREFILL, **details)
+
+
+@pytest.mark.parametrize("role", [Role.PREFILL, Role.MIXED])
+def test_a_prompt_that_wants_no_answer_is_computed_and_over(role: Role) -> None:
+    """No offer, no publishing, no token: it says Finish, and its blocks are there for others to find."""
+    stage = Stage(role=role, chunk=4)
+    hashes = (b"a", b"b")
+    orders = [*silent(stage, 1, 9, hashes=hashes), *stage.run_until_idle()]
+    assert kinds(orders) == ["Run", "Run", "Run", "Finish"] and finish_of(orders) == [(1, Reason.COMPUTED)]
+    assert slices(orders) == [(1, 0, 4), (1, 4, 4), (1, 8, 1)]
+    assert stage.counts == {"free": 14, "cached": 2} and not stage.worker.seqs
+    assert slices([*silent(stage, 2, 9, hashes=hashes), *stage.run_until_idle()]) == [(2, 8, 1)]
+
+
+def test_it_fits_into_a_pool_of_its_size_and_is_refused_by_a_smaller_one() -> None:
+    stage = Stage(num_blocks=2)
+    assert kinds(silent(stage, 1, 8)) == ["Run"] and finish_of(stage.step()) == [(1, Reason.COMPUTED)]
+    assert finish_of(silent(stage, 2, 9)) == [(2, Reason.REFUSED)]
+
+
+def test_it_gives_its_memory_to_an_older_answer_and_is_computed_again() -> None:
+    stage = Stage(num_blocks=4, chunk=2)
+    stage.place(1, 8, max_new=3)
+    assert slices([*stage.step(), *stage.step(), *stage.step()])[-1] == (1, 6, 2)
+    assert silent(stage, 2, 8) == [], "it has the other two blocks, and waits for the step in flight"
+    orders = stage.run_until_idle()
+    assert stage.worker.num_preempted == 1
+    assert finish_of(orders) == [(1, Reason.LENGTH), (2, Reason.COMPUTED)]
+    assert [start for rid, start, _ in slices(orders) if rid == 2] == [0, 2, 4, 6]
+
+
+def test_a_cancelled_one_goes_when_its_step_is_back() -> None:
+    stage = Stage()
+    silent(stage, 1, 6)
+    assert finish_of(stage.hears(Cancel("w", 1))) == [(1, Reason.CANCELLED)] and stage.worker.seqs
+    assert stage.step() == [] and stage.counts == {"free": 16} and not stage.worker.seqs
 
 
 def test_a_stop_token_ends_it() -> None:

@@ -47,6 +47,18 @@ def test_a_request_is_counted() -> None:
     assert seen["diptych_e2e_request_latency_seconds_count",] == 1
 
 
+def test_a_request_that_writes_nothing_is_counted() -> None:
+    metrics = Metrics("tiny")
+    timer = Timer(metrics, arrived=0.0, num_prompt=7)
+    timer.computed()
+    timer.end("computed", cached=4)
+    seen = scrape(metrics)
+    assert seen["diptych_requests_total", "computed"] == 1 and seen["diptych_requests_running",] == 0
+    assert seen["diptych_prompt_tokens_total",] == 7 and seen["diptych_prompt_tokens_cached_total",] == 4
+    assert seen["diptych_e2e_request_latency_seconds_count",] == 1
+    assert seen["diptych_time_to_first_token_seconds_count",] == seen["diptych_generation_tokens_total",] == 0
+
+
 def test_a_request_that_failed_has_no_latency() -> None:
     metrics = Metrics()
     Timer(metrics, arrived=0.0, num_prompt=7).end("failed")

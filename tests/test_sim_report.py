@@ -47,6 +47,16 @@ def test_a_request_is_measured_by_its_tokens() -> None:
     assert times.gap == pytest.approx(0.5) and times_of(stream(1.0, 1.5)).gap == 0
 
 
+def test_a_request_that_writes_nothing_counts_in_queue_and_e2e_alone() -> None:
+    silent = Stream(1, Arrival(1.0, 1, 0, 0), status="finished", ended=instant(3.0))
+    silent.started(instant(1.5))
+    report = summarize(result(stream(1.0, 1.5), silent), Limits(ttft=2.0))
+    assert {name: m.num for name, m in report.measures.items()} == {
+        "queue": 2, "TTFT": 1, "ITL": 1, "TPOT": 1, "longest stall": 1, "e2e": 2,
+    }  # fmt: skip
+    assert times_of(silent).e2e == times_of(silent).ttft == pytest.approx(2.0) and report.num_good == 2
+
+
 def test_goodput_counts_who_met_the_objective() -> None:
     report = summarize(result(stream(1.0, 1.1), stream(3.0, 3.1), stream(1.0, 2.0)), Limits(ttft=2.0, tpot=0.5))
     assert report.num_good == 1 and report.goodput == pytest.approx(0.1) and report.request_rate == pytest.approx(0.3)

@@ -4,6 +4,7 @@ from random import Random
 
 import pytest
 
+from diptych.sim.run import make_cluster, run_simulation
 from diptych.sim.workload import Arrival, Lengths, Workload, first, merge, mixed_load, poisson
 
 
@@ -55,7 +56,16 @@ def test_workloads_can_be_merged_and_traces_put_in() -> None:
     assert [a.time_s for a in merged] == sorted(a.time_s for a in merged) and set(trace) <= set(merged)
 
 
+def test_a_workload_of_embeddings_is_finished_without_a_token() -> None:
+    arrivals = first(poisson(Workload(20.0, Lengths(300, "uniform"), max_new=0), 1), 50)
+    assert {(arrival.max_new, arrival.output_len) for arrival in arrivals} == {(0, 0)}
+    result = run_simulation(make_cluster(prefill=2, decode=1), arrivals=arrivals)
+    assert result.counts["finished"] == 50 and not any(stream.num_tokens for stream in result.streams)
+    assert {machine.name for machine in result.machines if machine.num_steps} == {"prefill-0", "prefill-1"}
+
+
 def test_impossible_lengths_are_refused() -> None:
-    for lengths in ((0, 1, 1), (1, 1, 0), (1, 1, 2)):
+    assert Arrival(0.0, 1, 0, 0).max_new == 0, "an embedding writes nothing"
+    for lengths in ((0, 1, 1), (1, 1, 0), (1, 1, 2), (0, 0, 0), (1, 0, 1)):
         with pytest.raises(ValueError, match="lengths"):
             Arrival(0.0, *lengths)

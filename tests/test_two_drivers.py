@@ -37,7 +37,7 @@ role = "mixed"
 
 
 async def load(supervisor: Supervisor, num_requests: int) -> None:
-    """Requests at random times, some behind shared prefixes, some cancelled."""
+    """Requests at random times, some behind shared prefixes, some that write nothing, some cancelled."""
     rng = random.Random(11)
     card = cluster_card(supervisor.cluster)
     shared = [rng.randrange(300) for _ in range(300)]
@@ -45,7 +45,9 @@ async def load(supervisor: Supervisor, num_requests: int) -> None:
         for _ in range(num_requests):
             prompt = shared[: rng.choice((0, 0, 150, 300))] + [rng.randrange(300) for _ in range(rng.randint(1, 400))]
             root, hashes = prompt_hashes(prompt, card)
-            request, _ = frontend.submit(Job(prompt, rng.randint(1, 60), Sampling(), 0, root, hashes))
+            silent = rng.random() < 0.2  # an embedding
+            how = Sampling(pooling="last" if silent else "")
+            request, _ = frontend.submit(Job(prompt, 0 if silent else rng.randint(1, 60), how, 0, root, hashes))
             if rng.random() < 0.1:
                 asyncio.get_running_loop().call_later(rng.random() * 0.3, frontend.cancel, request)
             await asyncio.sleep(rng.expovariate(100.0))

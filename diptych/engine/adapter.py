@@ -17,7 +17,7 @@ from torch import Tensor
 from diptych.engine.attention import Batch, forward_context, paged_attention
 from diptych.engine.families import class_of
 from diptych.engine.packing import pack_linears
-from diptych.errors import ConfigError
+from diptych.errors import ConfigError, UnsupportedModel
 from diptych.modelfacts import ModelFacts, dtype_bytes, read_facts
 
 ATTENTION = "diptych_paged"
@@ -38,6 +38,17 @@ class Model:
             rows = torch.tensor(keep, dtype=torch.long, device=self.device)
             return self._forward(batch.token_ids, batch.positions, rows)
 
+    def hidden(self, batch: Batch) -> Tensor:
+        """The same forward without a head: the final hidden states [tokens, hidden], in the batch's order."""
+        with torch.inference_mode(), forward_context(batch):
+            return self._body(batch.token_ids, batch.positions)
+
+    def labels(self, state: Tensor) -> Tensor:
+        """What a classifier says of a hidden state [hidden]: [labels], before any activation."""
+        with torch.inference_mode():
+            found: Tensor = self.module.score(state.to(self.dtype))
+            return found
+
     def reference_logits(self, token_ids: list[int]) -> Tensor:
         """Logits [tokens, vocab] of one sequence with the model's own eager attention and masks: the probe's truth."""
         ids = torch.tensor(token_ids, device=self.device)
@@ -45,7 +56,16 @@ class Model:
         with torch.inference_mode(), _attention(self.module, "eager"):
             return self._forward(ids, positions, positions)
 
+    def _body(self, ids: Tensor, positions: Tensor) -> Tensor:
+        body = self.module.base_model  # a model without a head is its own
+        out = body(input_ids=ids[None], position_ids=positions[None], use_cache=False, return_dict=True)
+        states: Tensor = out.last_hidden_state[0]
+        return states
+
     def _forward(self, ids: Tensor, positions: Tensor, keep: Tensor) -> Tensor:
+        if self.facts.task != "generate":  # for the probe: labels, or the states themselves, are as telling as logits
+            states = self._body(ids, positions)[keep]
+            return self.labels(states) if self.facts.task == "classify" else states
         out = self.module(
             input_ids=ids[None], position_ids=positions[None], use_cache=False, logits_to_keep=keep, return_dict=True
         )
@@ -65,6 +85,8 @@ def load(model: str | Path, dtype: str | None = None, device: str = "cpu", probe
     if not torch_dtype.is_floating_point:
         raise ConfigError(f"a model cannot compute in {dtype}; use float32 or bfloat16")
     module = _load_module(facts, torch_dtype).to(device)
+    if facts.task == "classify" and not hasattr(module, "score"):
+        raise UnsupportedModel(f"{facts.folder} is not supported: its head is more than one 'score' matrix")
     loaded = Model(facts, module, torch_dtype, torch.device(device))
     with torch.inference_mode():
         pack_linears(module)

@@ -6,10 +6,13 @@ decides nothing, and never sees a request's history beyond its tokens.
 """
 
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 from diptych.policy.messages import Run
 from diptych.transfer.pool import Pool
+
+Pooling = Literal["", "last", "mean", "labels"]
+"""What is wanted after a prompt: a token (""), its last or mean hidden state, or what a classifier says of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +38,7 @@ class Sampling:
     logprobs: int = -1  # report each new token's log-probability, and those of so many most likely ones; -1 is off
     grammar: str = ""  # what the answer must be, in llguidance's form; "" is anything
     prompt_logprobs: int = -1  # the same for the tokens of the prompt that are computed
+    pooling: Pooling = ""  # what is wanted after the prompt instead of a token
 
 
 class Score(NamedTuple):
@@ -53,13 +57,14 @@ class Result:
     """What a step yielded: for each slice with `sample`, in order, (rid, token, ended by a stop id).
 
     `scores`: by rid, of the token just sampled, where asked for. `prompt_scores`: by rid, of prompt tokens, with the
-    position of the first of them.
+    position of the first of them. `vectors`: by rid, float32, in place of a token where the sequence asks for pooling.
     """
 
     tokens: list[tuple[int, int, bool]] = field(default_factory=list)
     elapsed_s: float = 0.0
     scores: dict[int, Score] = field(default_factory=dict)
     prompt_scores: dict[int, tuple[int, list[Score]]] = field(default_factory=dict)
+    vectors: dict[int, bytes] = field(default_factory=dict)
 
 
 class Executor(Protocol):

@@ -17,6 +17,7 @@ _BATCH_DEPENDENT_ROPE = ("dynamic", "longrope")
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
 # Classes that call transformers' attention interface, and do not say so in `_supports_attention_backend`.
 _CALLS_IT_ANYWAY = {"StableLmForCausalLM"}
+_KINDS = {"generate": "language model", "classify": "sequence classification", "embed": "headless model"}
 
 
 def class_of(facts: ModelFacts) -> tuple[Any, Any]:
@@ -38,16 +39,20 @@ def _find_class(facts: ModelFacts) -> Any:
         from transformers.models.auto import modeling_auto as auto
     except ImportError as error:
         raise ConfigError(f"transformers cannot be imported ({error}); install diptych[torch]") from error
-    # A multimodal checkpoint runs in its own class too, and is never shown an image.
-    names = {**auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, **auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES}
-    name = names.get(facts.model_type)
+    names: dict[str, Any] = {
+        # A multimodal checkpoint runs in its own class too, and is never shown an image.
+        "generate": {**auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, **auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES},
+        "classify": auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+        "embed": auto.MODEL_MAPPING_NAMES,
+    }
+    name = names[facts.task].get(facts.model_type)
     if name is None:
         raise UnsupportedModel(
             f"{facts.folder} is a {facts.model_type!r} model ({facts.architecture}), for which transformers "
-            f"{transformers.__version__} has no language model class"
+            f"{transformers.__version__} has no {_KINDS[facts.task]} class"
         )
     if facts.architecture != name and not facts.architecture.endswith("ForCausalLM"):
-        raise UnsupportedModel(f"{facts.folder} is a {facts.architecture}, not a language model ({name})")
+        raise UnsupportedModel(f"{facts.folder} is a {facts.architecture}, not a {_KINDS[facts.task]} ({name})")
     return getattr(transformers, name)
 
 

@@ -25,6 +25,7 @@ Bytes = NDArray[np.uint8]
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
 _MIX_2 = np.uint64(0x94D049BB133111EB)
+VECTOR_WIDTH = 16  # numbers in an embedding: as many as a hash has
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,12 +103,14 @@ class PacedExecutor:
         begin_s = max(launch.begin_s, self._busy_until_s)
         for piece in launch.pieces:
             self._write(piece)
-        sampled = [self._sample(piece) for piece in launch.pieces if piece.sample]
+        ends = [piece for piece in launch.pieces if piece.sample]
+        vectors = {p.rid: self._vector(p) for p in ends if p.sequence.sampling.pooling}
+        sampled = [self._sample(piece) for piece in ends if piece.rid not in vectors]
         new_tokens = sum(piece.count for piece in launch.pieces)
         due_s = begin_s + self.model.cost_s(new_tokens, sum(piece.end for piece in launch.pieces))
         time.sleep(max(0.0, due_s - time.monotonic()))
         self._busy_until_s = time.monotonic()
-        return Result(sampled, self._busy_until_s - begin_s)
+        return Result(sampled, self._busy_until_s - begin_s, vectors=vectors)
 
     def _write(self, piece: Piece) -> None:
         """Put the KV of a slice's tokens where its block table says."""
@@ -119,13 +122,19 @@ class PacedExecutor:
 
     def _sample(self, piece: Piece) -> tuple[int, int, bool]:
         """Re-read every page of a sequence and hash it into the next token."""
-        # Gathering K and V apart gives each in position order, so block size and block ids leave no trace.
+        token = _next_token(*self._digests(piece), piece.end, self.model.vocab)
+        return piece.rid, token, piece.sequence.append_sampled(token)
+
+    def _vector(self, piece: Piece) -> bytes:
+        """Re-read every page of a sequence and hash it into a vector."""
+        return _vector_of(*self._digests(piece), piece.end, piece.sequence.sampling.pooling)
+
+    def _digests(self, piece: Piece) -> tuple[bytes, bytes]:
+        """Of all K and of all V. Gathering them apart gives each in position order, whatever the blocks."""
         keys, values = (
             self._pages[piece.blocks, half].reshape(-1)[: piece.end * self._pages.shape[3]] for half in (0, 1)
         )
-        digests = blake2b(keys).digest(), blake2b(values).digest()
-        token = _next_token(*digests, piece.end, self.model.vocab)
-        return piece.rid, token, piece.sequence.append_sampled(token)
+        return blake2b(keys).digest(), blake2b(values).digest()
 
 
 def content(tokens: Tokens[int], start: int, kv_bytes: int) -> Bytes:
@@ -151,6 +160,20 @@ def _next_token(keys: bytes, values: bytes, position: int, vocab: int) -> int:
     """blake2b-64 of the digests of all K and all V, and the position the token will have, modulo the vocabulary."""
     digest = blake2b(keys + values + position.to_bytes(8, "little"), digest_size=8).digest()
     return int.from_bytes(digest, "little") % vocab
+
+
+def _vector_of(keys: bytes, values: bytes, num_tokens: int, pooling: str) -> bytes:
+    """blake2b of the same and of the way of pooling, as VECTOR_WIDTH float32 in [-1, 1)."""
+    digest = blake2b(keys + values + num_tokens.to_bytes(8, "little") + pooling.encode()).digest()
+    return (np.frombuffer(digest, "<i4") / np.float32(2**31)).astype("<f4").tobytes()
+
+
+def vector_oracle(prompt: Tokens[int], model: PacedModel, pooling: str = "last") -> bytes:
+    """The vector a paced model must make of a prompt, from token ids alone."""
+    dim = model.kv_bytes_per_token // 2
+    kv = content(prompt, 0, model.kv_bytes_per_token)
+    digests = blake2b(kv[:, :dim].tobytes()).digest(), blake2b(kv[:, dim:].tobytes()).digest()
+    return _vector_of(*digests, len(prompt), pooling)
 
 
 def oracle(

@@ -7,6 +7,7 @@ which blocks a sequence gets (policy), nor for their bytes.
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -53,6 +54,8 @@ class Sequence:
     table: BlockTable = field(default_factory=BlockTable)
     num_computed: int = 0
     matcher: Matcher | None = None  # where its answer stands in its grammar; made when it is first asked
+    pooled: Any = None  # the sum of the hidden states so far, where their mean is wanted
+    num_pooled: int = 0  # of so many tokens
 
     def append_sampled(self, token: int) -> bool:
         """Take a sampled token; True where it ends the sequence (a stop id, and `min_new` tokens were written)."""

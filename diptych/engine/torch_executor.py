@@ -1,5 +1,7 @@
 """The executor that computes: packs a step into one row of tokens, runs the model over the paged pool, samples.
 
+Prompts of which a vector is wanted (`pooling.py`) are a row and a forward of their own: they need no vocabulary.
+
 A step is laid out and computed in `collect`, in launch order; `launch` only notes what it was told, so it is cheap
 and may run ahead by a step. Not responsible for decisions, nor for the model's inside (`adapter.py`, `attention.py`).
 """
@@ -18,6 +20,7 @@ from diptych.engine.attention import PagedKV, lay_out
 from diptych.engine.executor import Result, Sampling
 from diptych.engine.grammar import Grammars
 from diptych.engine.layouts import kv_layout
+from diptych.engine.pooling import pool
 from diptych.engine.sampler import choose
 from diptych.engine.scoring import cut, scores
 from diptych.engine.sequence import InOrder, Launch, Piece, SequenceTable
@@ -82,12 +85,33 @@ class TorchExecutor:
 
     def _compute(self, launch: Launch) -> Result:
         begin_s = time.monotonic()
-        batch = lay_out(launch.pieces, self._kv)
-        sampled = [(piece, last) for piece, last in zip(launch.pieces, batch.last, strict=True) if piece.sample]
-        read = [span for piece, last in zip(launch.pieces, batch.last, strict=True) if (span := _read(piece, last))]
+        result = Result()
+        pooled = [piece for piece in launch.pieces if piece.sequence.sampling.pooling]
+        if pooled:
+            self._pool(pooled, result)
+        if len(pooled) < len(launch.pieces):
+            self._go_on([piece for piece in launch.pieces if not piece.sequence.sampling.pooling], result)
+        result.elapsed_s = time.monotonic() - begin_s
+        return result
+
+    def _pool(self, pieces: list[Piece], result: Result) -> None:
+        """Compute prompts of which a vector is wanted."""
+        batch = lay_out(pieces, self._kv)
+        states = self.model.hidden(batch)
+        for piece, last in zip(pieces, batch.last, strict=True):
+            vector = pool(piece, states[last - piece.count + 1 : last + 1])
+            if vector is not None:
+                if piece.sequence.sampling.pooling == "labels":
+                    vector = self.model.labels(vector)
+                result.vectors[piece.rid] = vector.float().cpu().numpy().tobytes()
+
+    def _go_on(self, pieces: list[Piece], result: Result) -> None:
+        """Compute prompts and answers that want a token."""
+        batch = lay_out(pieces, self._kv)
+        sampled = [(piece, last) for piece, last in zip(pieces, batch.last, strict=True) if piece.sample]
+        read = [span for piece, last in zip(pieces, batch.last, strict=True) if (span := _read(piece, last))]
         keep = [last for _, last in sampled] + [row for span in read for row in span.rows]
         logits = self.model.logits(batch, keep)
-        result = Result()
         if sampled:
             self._sample([piece for piece, _ in sampled], logits[: len(sampled)], result)
         begin = len(sampled)
@@ -95,8 +119,6 @@ class TorchExecutor:
             end = begin + len(span.rows)
             result.prompt_scores[span.rid] = span.first, scores(logits[begin:end], span.ids, span.num_top)
             begin = end
-        result.elapsed_s = time.monotonic() - begin_s
-        return result
 
     def _sample(self, pieces: list[Piece], logits: Tensor, result: Result) -> None:
         hows = [piece.sequence.sampling for piece in pieces]

@@ -110,7 +110,7 @@ class Memory:
         seq.sealed = num_known // pool.block_size
         seq.life.climb(Rung.PREFILLING, now)
         self.start(seq)
-        if seq.part == Role.PREFILL:
+        if seq.offers:
             self._orders.append(self._source.open(seq))
         return True
 
@@ -152,7 +152,7 @@ class Memory:
         if self.pool.num_quarantined:  # taken back already, and free as soon as no read can touch it
             self.starved = self.starved or seq
             return False
-        others = [o for o in self.running if o.key > seq.key and not o.inflight and o.part != Role.PREFILL and o.blocks]
+        others = [o for o in self.running if o.key > seq.key and not o.inflight and not o.offers and o.blocks]
         victim = max(others, key=age, default=None)
         coming = self._sink.youngest(seq.key)
         if coming is not None and (victim is None or coming.seq.key > victim.key):

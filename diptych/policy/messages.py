@@ -44,6 +44,7 @@ class Reason(StrEnum):
 
     STOP = "stop"  # a stop token, or the model's end of sequence
     LENGTH = "length"  # max_new tokens were written
+    COMPUTED = "computed"  # nothing was to be written, and the prompt is computed
     CANCELLED = "cancelled"
     HANDED_OVER = "handed_over"  # prefill side: the decode side has everything
     EXPIRED = "expired"  # prefill side: nobody came for the KV within its lease
@@ -53,12 +54,19 @@ class Reason(StrEnum):
     REFUSED = "refused"  # the worker cannot hold it
 
 
+WELL = (Reason.STOP, Reason.LENGTH, Reason.COMPUTED)
+"""How a request ends when nothing went wrong: its client has all there is."""
+
+
 # --- outside world -> router -----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
 class Submitted:
-    """A request arrives: lengths in tokens, and the chained hashes of its full prompt blocks."""
+    """A request arrives: lengths in tokens, and the chained hashes of its full prompt blocks.
+
+    `max_new` 0 is a request that writes nothing: its prompt is computed, and what comes of it is the driver's.
+    """
 
     request: int
     num_prompt: int
@@ -118,7 +126,8 @@ class Place:
     """Do `part` of a request. `order` is its age: everyone serves lower (priority, order) first.
 
     `num_tokens` counts the tokens known so far: the prompt, and what an earlier attempt had written.
-    `num_prompt + max_new` is the length at which it ends at the latest.
+    `num_prompt + max_new` is the length at which it ends at the latest. A request that writes nothing has a prefill
+    part and no peer, whatever the worker's role.
     """
 
     worker: str
@@ -157,7 +166,8 @@ class Slice(NamedTuple):
     """`count` new tokens of one sequence in a step, at positions `start .. start + count`.
 
     `blocks` are appended to the sequence's block table (a delta, however long the context); with `admit` the
-    table starts anew. `sample`: the last of these tokens is the last one known, so the step yields the next.
+    table starts anew. `sample`: the last of these tokens is the last one known, so the step yields the next (or, where
+    nothing is to be written, the result).
     """
 
     rid: int

@@ -18,6 +18,7 @@ from typing import Literal
 from diptych.policy.ladder import REQUEST, Ladder, Rung
 from diptych.policy.messages import (
     MAX_ATTEMPTS,
+    WELL,
     Cancel,
     Cancelled,
     Failed,
@@ -97,7 +98,7 @@ class RequestView:
     life: Ladder[Rung]
     attempt: int = 0
     prefill: str = ""  # the worker that computes the prompt; "" once that is over or for a mixed worker
-    decode: str = ""  # the worker that writes the answer
+    decode: str = ""  # the worker that writes the answer; "" where none is written
     keeper: str = ""  # the prefill worker that has, or had, its KV: where it would best go on
     uncached: int = 0  # prompt tokens charged to the prefilling worker until the first token
     charged: str = ""  # that worker
@@ -193,16 +194,17 @@ class Router:
         self._place(now, request, event.num_prompt)
 
     def _place(self, now: float, request: RequestView, num_tokens: int) -> None:
-        """Choose a mixed worker or a pair, and tell them."""
+        """Choose a mixed worker or a pair, and tell them. What writes nothing needs only one that computes prompts."""
         wanted = request.submitted
         need = wanted.num_prompt + wanted.max_new
-        mixed = self._pick(request, Role.MIXED, need)
-        decode = self._pick(request, Role.DECODE, need)
-        keeper = self._keeper(request, num_tokens)
-        prefill = (keeper or self._pick(request, Role.PREFILL, num_tokens)) if decode else None
-        if mixed and not keeper and (not prefill or not self._disaggregates(request, mixed)):
-            self._send(request, num_tokens, mixed, Role.MIXED, None)
-            self._charge(request, mixed, mixed, num_tokens)
+        writes = wanted.max_new > 0
+        alone = self._pick(request, (Role.MIXED,) if writes else (Role.MIXED, Role.PREFILL), need)
+        decode = self._pick(request, (Role.DECODE,), need) if writes else None
+        keeper = self._keeper(request, num_tokens) if decode else None
+        prefill = (keeper or self._pick(request, (Role.PREFILL,), num_tokens)) if decode else None
+        if alone and not keeper and (not prefill or not self._disaggregates(request, alone)):
+            self._send(request, num_tokens, alone, Role.MIXED if writes else Role.PREFILL, None)
+            self._charge(request, alone, alone if writes else None, num_tokens)
         elif prefill and decode:
             self._send(request, num_tokens, decode, Role.DECODE, prefill)
             self._send(request, num_tokens, prefill, Role.PREFILL, decode)
@@ -215,8 +217,8 @@ class Router:
         else:
             self._reject(now, request, 503, "no worker is up; try again later")
 
-    def _pick(self, request: RequestView, role: Role, num_tokens: int) -> WorkerView | None:
-        able = [view for view in self.workers.values() if view.role == role and view.fits(num_tokens)]
+    def _pick(self, request: RequestView, roles: tuple[Role, ...], num_tokens: int) -> WorkerView | None:
+        able = [view for view in self.workers.values() if view.role in roles and view.fits(num_tokens)]
         return min(able, key=lambda view: SCORES[self.spec.policy](view, request), default=None)
 
     def _keeper(self, request: RequestView, num_tokens: int) -> WorkerView | None:
@@ -246,20 +248,21 @@ class Router:
             )
         )
 
-    def _charge(self, request: RequestView, prefill: WorkerView, decode: WorkerView, num_tokens: int) -> None:
+    def _charge(self, request: RequestView, prefill: WorkerView, decode: WorkerView | None, num_tokens: int) -> None:
         """Enter a placement into the books."""
         wanted = request.submitted
         request.prefill = request.keeper = prefill.name if prefill is not decode else ""
-        request.decode = decode.name
+        request.decode = decode.name if decode else ""
         request.charged = prefill.name
         request.uncached = max(num_tokens - prefill.matched(wanted.hashes), 1)
         prefill.prompt_tokens += request.uncached
-        for view in {prefill.name: prefill, decode.name: decode}.values():
+        for view in (prefill,) if decode in (prefill, None) else (prefill, decode):
             self._clock += 1
             view.last_placed = self._clock
             view.num_requests += 1
             view.remember(wanted.hashes)
-        decode.held_tokens += wanted.num_prompt + wanted.max_new
+        if decode:
+            decode.held_tokens += wanted.num_prompt + wanted.max_new
 
     # --- going on ------------------------------------------------------------------------------------------------
 
@@ -278,8 +281,10 @@ class Router:
         if event.worker == request.prefill and event.reason in (Reason.HANDED_OVER, Reason.EXPIRED):
             self._release(request.prefill, 0)
             request.prefill = ""
-        elif event.reason in (Reason.STOP, Reason.LENGTH):
-            if event.worker == request.prefill:  # over with its first token: the decode side waits for nothing
+        elif event.reason in WELL:
+            if (
+                event.worker == request.prefill and request.decode
+            ):  # over with its first token: the decode side waits for nothing
                 self._orders.append(Cancel(request.decode, request.rid))
             self._prefilled(request)
             self._close(now, request, "finished", Rung.FINISHED)

@@ -57,6 +57,11 @@ class Sequence:
         return self.ended is None and self.num_tokens < self.target
 
     @property
+    def offers(self) -> bool:
+        """Its KV is for a peer. The prefill part of a request that writes nothing is for nobody."""
+        return self.part == Role.PREFILL and self.peer != ""
+
+    @property
     def decodes(self) -> bool:
         """It only lacks its last token: what is left is one token a step."""
         return self.num_tokens - self.num_computed == 1 and self.num_computed > 0

@@ -9,7 +9,7 @@ from bisect import insort
 from math import inf
 from typing import Generic, TypeVar
 
-from diptych.policy.messages import Emit, Finish, Reason
+from diptych.policy.messages import WELL, Emit, Finish
 
 T = TypeVar("T")
 
@@ -25,7 +25,7 @@ class Sequencer(Generic[T]):
 
     def take(self, message: Emit | Finish, attached: T) -> list[tuple[Emit | Finish, T]]:
         """Everything whose turn it is now. Raises ValueError for tokens that were taken before."""
-        if isinstance(message, Finish) and message.reason not in (Reason.STOP, Reason.LENGTH):
+        if isinstance(message, Finish) and message.reason not in WELL:
             return [(message, attached)]  # says nothing of tokens
         if _position(message) < self._next:
             raise ValueError(f"token {_position(message)} again, {self._next} is next")

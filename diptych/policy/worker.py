@@ -5,6 +5,7 @@ a sequence on this worker:
 
     Place --> claims --(memory)--> running --(steps)--> finished              part mixed (`memory.py`, `batching.py`)
     Place --> claims --(memory)--> running --> offered --(Done)--> finished   part prefill (`source.py`)
+    Place --> claims --(memory)--> running --> finished                       part prefill, writing nothing
     Place --> incoming --(reads)--> running --> finished                      part decode (`receiver.py`)
 
 Not responsible for computing, moving bytes, waiting or reading a clock.
@@ -71,8 +72,7 @@ class Worker:
         self.memory = Memory(spec, self.pool, self.source, self.sink, self.keep, self.times, self._steps, self._orders)
         self.receiver = Receiver(self.sink, self.keep, self.memory, self.seqs, self._orders, self._end, spec.replicate)
         self._successors: dict[int, Sequence] = {}  # waits until that earlier attempt has let go of its blocks
-        self.claims = self.memory.claims
-        self.running = self.memory.running
+        self.claims, self.running = self.memory.claims, self.memory.running
 
     def on(self, now: float, event: WorkerEvent) -> list[WorkerOrder]:
         """Take in one event; returns what is to be done about it, in order."""
@@ -154,8 +154,7 @@ class Worker:
     # --- coming in -----------------------------------------------------------------------------------------------
 
     def _place(self, now: float, place: Place) -> None:
-        seq = Sequence(place, now)
-        self.seqs[seq.rid] = seq
+        seq = self.seqs[place.rid] = Sequence(place, now)
         if self.pool.blocks_for(seq.target - 1) > self.pool.num_blocks:  # the last token's KV is never written
             self._end(now, seq, Reason.REFUSED)
         elif place.part == Role.DECODE:
@@ -213,15 +212,17 @@ class Worker:
             if piece.sample:
                 self._sampled(now, seq, event.count, piece.rid in event.finished)
                 self._orders += self.copies.copy(seq, now) if seq.ended is None else []
-            elif seq.part == Role.PREFILL:
+            elif seq.offers:
                 self._orders += self.source.publish(seq, now, final=False)
 
     def _sampled(self, now: float, seq: Sequence, count: int, stopped: bool) -> None:
-        """It wrote `count` tokens of its answer."""
-        self._orders.append(Emit(seq.rid, seq.emitted, count))
+        """It wrote `count` tokens of its answer, or has come to the end of a prompt that has none."""
+        if seq.max_new:
+            self._orders.append(Emit(seq.rid, seq.emitted, count))
         seq.emitted += count
         if stopped or seq.emitted >= seq.max_new:
-            self._end(now, seq, Reason.STOP if stopped else Reason.LENGTH)
+            full = Reason.LENGTH if seq.max_new else Reason.COMPUTED
+            self._end(now, seq, Reason.STOP if stopped else full)
         elif seq.part == Role.PREFILL:
             self.running.remove(seq)
             seq.life.climb(Rung.HANDOVER, now)
@@ -320,7 +321,7 @@ class Worker:
     def _give_back(self, now: float, seq: Sequence) -> None:
         """Release its blocks; what its request may come back for is kept."""
         successor = self._successors.pop(seq.rid, None)
-        if seq.part == Role.PREFILL and seq.blocks and (successor is not None or seq.ended in _KEPT):
+        if seq.offers and seq.blocks and (successor is not None or seq.ended in _KEPT):
             self._orders += self.keep.take(seq, now, orphan=seq.ended != Reason.HANDED_OVER)
         self.memory.release(seq)
         if successor is not None and successor.ended is None:
@@ -330,6 +331,7 @@ class Worker:
 _LAST = {
     Reason.STOP: Rung.FINISHED,
     Reason.LENGTH: Rung.FINISHED,
+    Reason.COMPUTED: Rung.FINISHED,
     Reason.HANDED_OVER: Rung.FINISHED,
     Reason.CANCELLED: Rung.CANCELLED,
 }

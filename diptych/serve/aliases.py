@@ -11,7 +11,7 @@ from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.samples import Sample
 
 _REASONS = {"stop": "stop", "length": "length", "cancelled": "abort", "failed": "error"}
-"""Ours to vLLM's; a request that was rejected did not finish there either."""
+"""Ours to vLLM's; one that was rejected did not finish there either, one that wrote nothing has no such reason."""
 
 _USED = ("held", "reserved", "offered", "quarantined")
 

@@ -28,12 +28,14 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from diptych import __version__
-from diptych.errors import BadRequest, DiptychError, Overloaded, TooLarge, Unavailable
+from diptych.errors import BadRequest, DiptychError, Overloaded, Unavailable
 from diptych.serve import openai
 from diptych.serve.exchange import Exchange, Order
 from diptych.serve.frontend import Frontend, Job, ModelCard
 from diptych.serve.guard import Guard
+from diptych.serve.intake import aside, check_size, read_body
 from diptych.serve.metrics import CONTENT_TYPE, Metrics
+from diptych.serve.retrieval import Retrieval
 from diptych.serve.schema import document
 from diptych.serve.structured import grammar_of
 from diptych.serve.text import Text, prompt_hashes
@@ -41,9 +43,6 @@ from diptych.serve.tokenize import detokenize, tokenize
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
-
-# Encoding this many characters takes about 2 ms; more of it goes to a thread (tokenizers lets go of the GIL).
-_LONG_TEXT = 8192
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,8 +78,9 @@ class Api:
 
     async def _generate(self, request: Request, chat: bool) -> Exchange:
         arrived = time.perf_counter()
-        call = openai.parse(await _read_body(request, self.settings.max_body_bytes), chat)
+        call = openai.parse(await read_body(request, self.settings.max_body_bytes), chat)
         openai.check_model(call.model, self.card)
+        openai.check_writes(self.card)
         openai.check_ids(call, self.card)
         prompts = [await self._encode_chat(call)] if chat else await self._encode_prompts(call)
         jobs = [job for tokens in prompts for job in self._jobs(call, tokens, chat)]
@@ -110,7 +110,7 @@ class Api:
         size = sum(len(str(message.get("content"))) for message in call.messages)
         self._check_size(size, "messages")
         encode = partial(self.text.encode_chat, call.messages, call.tools, call.chat_template_kwargs)
-        return await _aside(size, encode)
+        return await aside(size, encode)
 
     async def _encode_prompts(self, call: openai.Call) -> list[list[int]]:
         found = []
@@ -118,15 +118,13 @@ class Api:
             if isinstance(prompt, str):
                 self._check_size(len(prompt), "prompt")
                 special = call.add_special_tokens is not False
-                found.append(await _aside(len(prompt), partial(self.text.encode, prompt, special)))
+                found.append(await aside(len(prompt), partial(self.text.encode, prompt, special)))
             else:
                 found.append(prompt)
         return found
 
     def _check_size(self, num_chars: int, param: str) -> None:
-        """Refuse what cannot fit before tokenizing it: 32 MiB of text would be ten seconds of a core."""
-        if num_chars > self.card.max_tokens * max(64, self.text.longest_token):
-            raise openai.too_long(f"the prompt has {num_chars} characters", self.card, param)
+        check_size(num_chars, self.text, self.card, param)
 
     def _echoed(self, call: openai.Call, prompts: list[list[int]]) -> Iterator[str]:
         """The prompts' texts, where they are wanted: as they were given, or of the token ids."""
@@ -161,8 +159,8 @@ class Api:
         return await self._on_text(request, detokenize)
 
     async def _on_text(self, request: Request, work: Callable[[bytes, Text, ModelCard], Any]) -> Response:
-        body = await _read_body(request, self.settings.max_body_bytes)
-        return _json(await _aside(len(body), partial(work, body, self.text, self.card)))
+        body = await read_body(request, self.settings.max_body_bytes)
+        return _json(await aside(len(body), partial(work, body, self.text, self.card)))
 
     # --- looking in ---
 
@@ -226,6 +224,7 @@ def make_app(frontend: Frontend, text: Text, card: ModelCard, settings: Settings
     routes = [
         Route("/v1/completions", api.completions, methods=["POST"]),
         Route("/v1/chat/completions", api.chat_completions, methods=["POST"]),
+        *Retrieval(frontend, text, card, api.metrics, api.settings.max_body_bytes).routes(),
         Route("/tokenize", api.tokenize, methods=["POST"]),
         Route("/detokenize", api.detokenize, methods=["POST"]),
         Route("/v1/models", api.models),
@@ -310,22 +309,6 @@ def _request_id(headers: list[tuple[bytes, bytes]]) -> bytes:
     if 0 < len(given) <= 128 and all(33 <= char <= 126 for char in given):
         return given
     return uuid.uuid4().hex.encode()
-
-
-async def _read_body(request: Request, limit: int) -> bytes:
-    if int(request.headers.get("content-length", "0")) > limit:
-        raise TooLarge(f"the request body is over {limit} bytes")
-    body = bytearray()
-    async for part in request.stream():
-        body += part
-        if len(body) > limit:
-            raise TooLarge(f"the request body is over {limit} bytes")
-    return bytes(body)
-
-
-async def _aside(size: int, work: Callable[[], T]) -> T:
-    """Long work on text in a thread, short work here: a thread costs more than it."""
-    return await asyncio.to_thread(work) if size > _LONG_TEXT else work()
 
 
 def _json(value: Any, status: int = 200) -> Response:

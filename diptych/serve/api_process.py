@@ -114,9 +114,7 @@ class RouterFrontend:
             reason = Reason(message.reason) if message.reason else None
             error = (message.status, message.why) if message.status else None
             tokens, extra = unpack_emit(message.count, attachment)
-            stream.put_nowait(
-                Chunk(tokens, reason, error, extra.cached, scores=extra.scores, prompt_scores=extra.prompt)
-            )
+            stream.put_nowait(Chunk(tokens, reason, error, extra.cached, extra.scores, extra.prompt, extra.vector))
 
     def _lost(self, why: str) -> None:
         """The router is gone: every stream ends with an error, none is left waiting."""

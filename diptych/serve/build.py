@@ -10,7 +10,7 @@ from pathlib import Path
 from diptych.config import DEMO, Cluster, WorkerConfig
 from diptych.engine.executor import Executor
 from diptych.engine.layouts import kv_layout
-from diptych.engine.paced import PacedExecutor, paced_layout
+from diptych.engine.paced import VECTOR_WIDTH, PacedExecutor, paced_layout
 from diptych.errors import ConfigError
 from diptych.modelfacts import read_facts
 from diptych.policy.messages import Role
@@ -81,6 +81,11 @@ def model_card(cluster: Cluster, layout: Layout, num_blocks: int) -> ModelCard:
         fingerprint=layout.model,
         layout=layout.fingerprint(),
         aliases=(cluster.model,) if cluster.model != "demo" else (),
+        task=facts.task if facts else "generate",
+        pooling=facts.pooling if facts else "last",
+        width=facts.hidden if facts else VECTOR_WIDTH,
+        matryoshka=facts.matryoshka if facts else None,
+        labels=facts.labels if facts else (),
         structured=bool(facts and facts.eos_ids) and find_spec("llguidance") is not None,
     )
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from diptych.engine.executor import Sampling, Score
+from diptych.modelfacts import Task
 from diptych.policy.messages import Reason
 
 
@@ -29,13 +30,19 @@ class ModelCard:
     aliases: tuple[str, ...] = ()
     created: int = 0
     structured: bool = False  # the workers can hold an answer to a grammar
+    task: Task = "generate"
+    pooling: str = "last"  # how its embeddings are made where a request does not say; "" for a way that we do not have
+    width: int = 0  # numbers in an embedding
+    matryoshka: tuple[int, ...] | None = None  # shorter embeddings it was trained for: None no, () any length
+    labels: tuple[str, ...] = ()  # of a checkpoint that classifies
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
     """One prompt to be continued. `hashes` are those of its full blocks, `root` the one before the first.
 
-    A lower `priority` goes first.
+    A lower `priority` goes first. With `max_new` 0 nothing is written, and `sampling.pooling` says what is
+    wanted instead.
     """
 
     tokens: list[int]
@@ -52,7 +59,8 @@ class Chunk:
 
     `tokens` includes the stop token that ended it. `cached`: prompt tokens whose KV was found, said at the latest in
     the last chunk. `scores`: one for each token, where asked for; `prompt_scores`: from the second token of the
-    prompt on, with the first token of the answer.
+    prompt on, with the first token of the answer. `vector`: what came of a job that writes nothing, float32, with
+    the end.
     """
 
     tokens: list[int]
@@ -61,6 +69,7 @@ class Chunk:
     cached: int = 0
     scores: tuple[Score, ...] = ()
     prompt_scores: tuple[Score, ...] = ()
+    vector: bytes = b""
 
 
 class Stream(Protocol):

@@ -51,6 +51,7 @@ class Answer:
     scores: list[Score] = field(default_factory=list)  # one for each token, where asked for
     prompt_scores: list[Score] = field(default_factory=list)  # from the second token of the prompt on
     cached: int = 0  # prompt tokens whose KV was found
+    vector: bytes = b""  # where nothing was to be written: what came of the prompt, float32
     reason: Reason | None = None
     error: DiptychError | None = None
 
@@ -196,6 +197,7 @@ class LocalCluster:
         answer.scores += extra.scores
         answer.prompt_scores += extra.prompt
         answer.cached = max(answer.cached, extra.cached)
+        answer.vector += extra.vector
         if message.status:
             answer.error = BadRequest(message.why) if message.status == 400 else DiptychError(message.why)
         elif message.reason:

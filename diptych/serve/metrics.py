@@ -57,13 +57,15 @@ class Metrics:
         )
         self.e2e = Histogram("diptych_e2e_request_latency_seconds", "Arrival to end", buckets=_TOTALS, registry=at)
         self.prompt_tokens = Counter(
-            "diptych_prompt_tokens", "Prompt tokens of requests that began to answer", registry=at
+            "diptych_prompt_tokens",
+            "Prompt tokens of requests that began to answer, or were to write nothing",
+            registry=at,
         )
         self.cached_tokens = Counter("diptych_prompt_tokens_cached", "Those of them whose KV was found", registry=at)
         self.generation_tokens = Counter("diptych_generation_tokens", "Tokens written", registry=at)
         self.requests = Counter("diptych_requests", "Requests that left, by how", ["reason"], registry=at)
         self.running = Gauge("diptych_requests_running", "Requests submitted and not yet left", registry=at)
-        for reason in ("stop", "length", "cancelled", "rejected", "failed"):
+        for reason in ("stop", "length", "computed", "cancelled", "rejected", "failed"):
             self.requests.labels(reason)  # a series that is there from the start can be rated from the start
         self._workers = _Workers()
         self.registry.register(self._workers)
@@ -119,12 +121,17 @@ class Timer:
         self._num_tokens += count
         self._last = now
 
+    def computed(self) -> None:
+        """The end came of a request that writes nothing."""
+        self._last = perf_counter()
+        self._metrics.prompt_tokens.inc(self._num_prompt)
+
     def end(self, reason: str, cached: int = 0) -> None:
-        """The request left: `stop`, `length`, `cancelled`, `rejected` or `failed`."""
+        """The request left: `stop`, `length`, `computed`, `cancelled`, `rejected` or `failed`."""
         metrics = self._metrics
         metrics.running.dec()
         metrics.requests.labels(reason).inc()
-        if reason not in ("stop", "length"):
+        if reason not in ("stop", "length", "computed"):
             return
         metrics.cached_tokens.inc(cached)
         metrics.e2e.observe(self._last - self._arrived)

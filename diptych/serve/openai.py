@@ -158,25 +158,36 @@ def stop_strings(call: Call) -> tuple[str, ...]:
 
 
 def prompts(call: Call, limit: int) -> list[Prompt]:
-    """The prompts of a completion: one text, one list of ids, or up to `limit` of either."""
-    prompt = call.prompt
-    if isinstance(prompt, str):
-        return [prompt]
-    assert prompt is not None
-    kinds = {type(part) for part in prompt}
+    """The prompts of a completion."""
+    assert call.prompt is not None
+    return listed(call.prompt, limit, "prompt")
+
+
+def listed(given: str | list[str | int | list[int]], limit: int, param: str) -> list[Prompt]:
+    """One text, one list of ids, or up to `limit` of either, always as a list."""
+    if isinstance(given, str):
+        return [given]
+    kinds = {type(part) for part in given}
     if len(kinds) != 1:
-        raise BadRequest("'prompt' must not mix texts, token ids and lists of token ids", "prompt")
+        raise BadRequest(f"'{param}' must not mix texts, token ids and lists of token ids", param)
     if kinds == {int}:
-        return [prompt]  # type: ignore[list-item]
-    if len(prompt) > limit:
-        raise BadRequest(f"at most {limit} prompts in one request", "prompt")
-    return prompt  # type: ignore[return-value]
+        return [given]  # type: ignore[list-item]
+    if len(given) > limit:
+        raise BadRequest(f"at most {limit} {param}s in one request", param)
+    return given  # type: ignore[return-value]
 
 
 def check_model(name: str | None, card: ModelCard) -> None:
     """Refuse a request for a model that is not the one served; none named means that one."""
     if name is not None and name != card.name and name not in card.aliases:
         raise NotFound(f"the model '{name}' does not exist; this server has '{card.name}'", "model", "model_not_found")
+
+
+def check_writes(card: ModelCard) -> None:
+    """Refuse to let a checkpoint write that has no head for it."""
+    if card.task != "generate":
+        able = "embeddings" if card.task == "embed" else "/v1/score, /v1/rerank and /v1/classify"
+        raise BadRequest(f"this model cannot write text; it is made for {able}", "model", "unsupported_model")
 
 
 def check_prompt(tokens: list[int], card: ModelCard, param: str = "prompt") -> None:

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 from diptych.engine.executor import Sampling
 from diptych.journal import Journal
 from diptych.policy.messages import (
+    WELL,
     Cancel,
     Cancelled,
     Emit,
@@ -132,7 +133,7 @@ class RouterDriver:
             if isinstance(said, Emit):
                 self._emitted(speaker, request, open_, said, tokens)
             else:
-                self._finished(speaker, request, open_, said)
+                self._finished(speaker, request, open_, said, tokens)
 
     def _emitted(self, worker: str, request: int, open_: Open, message: Emit, attachment: bytes) -> None:
         num_bytes = 4 * message.count  # what comes after the ids is for the client alone
@@ -151,14 +152,14 @@ class RouterDriver:
         self.num_broken += 1
         self._decide(Failed(rid, worker, open_.num_written, Reason.REFUSED))
 
-    def _finished(self, worker: str, request: int, open_: Open, message: Finish) -> None:
+    def _finished(self, worker: str, request: int, open_: Open, message: Finish, attachment: bytes) -> None:
         if message.reason in _GAVE_UP:
             self._decide(Failed(message.rid, worker, open_.num_written, message.reason))
             return
-        if message.reason in (Reason.STOP, Reason.LENGTH):
+        if message.reason in WELL:
             del self._open[request]
             self.last_token = self._clock()
-            self._ports.deliver(open_.client, Deliver(request, str(message.reason)), b"")
+            self._ports.deliver(open_.client, Deliver(request, str(message.reason)), attachment)
         self._decide(message)
 
     def _decide(self, event: RouterEvent) -> None:

@@ -1,6 +1,6 @@
 """The OpenAPI document: made from the structs that requests are checked with, so that it cannot say anything else.
 
-Replies are OpenAI's (vLLM's for the tokenizer) and are described as such. Not responsible for checking.
+Generated replies are OpenAI's and are described as such, the others by their structs. Not responsible for checking.
 """
 
 from functools import lru_cache
@@ -10,11 +10,29 @@ import msgspec
 
 from diptych import __version__
 from diptych.serve.openai import Call
+from diptych.serve.pooling import (
+    Classes,
+    ClassifyCall,
+    EmbeddingCall,
+    Embeddings,
+    RerankCall,
+    Reranked,
+    ScoreCall,
+    Scores,
+)
 from diptych.serve.tokenize import DetokenizeCall, Detokenized, TokenizeCall, Tokenized
 
 _BODIES: dict[str, tuple[type, str, type | None]] = {
     "/v1/chat/completions": (Call, "Answer a conversation (`messages`), as OpenAI does; streamed or not", None),
     "/v1/completions": (Call, "Continue a text or token ids (`prompt`), as OpenAI did; streamed or not", None),
+    "/v1/embeddings": (EmbeddingCall, "The vector of each text, as OpenAI does", Embeddings),
+    "/v1/score": (ScoreCall, "How alike two texts are, or how well one answers the other, as vLLM does", Scores),
+    "/score": (ScoreCall, "The same", Scores),
+    "/v1/rerank": (RerankCall, "Documents by how well they answer a query, as Jina and Cohere do", Reranked),
+    "/rerank": (RerankCall, "The same", Reranked),
+    "/v2/rerank": (RerankCall, "The same", Reranked),
+    "/v1/classify": (ClassifyCall, "The label of each text, as vLLM does", Classes),
+    "/classify": (ClassifyCall, "The same", Classes),
     "/tokenize": (TokenizeCall, "The token ids of a text or a chat", Tokenized),
     "/detokenize": (DetokenizeCall, "The text of token ids", Detokenized),
 }
@@ -49,7 +67,7 @@ _ERROR = {
 @lru_cache(maxsize=1)
 def document() -> bytes:
     """The document, as JSON."""
-    kinds = (Call, TokenizeCall, Tokenized, DetokenizeCall, Detokenized)
+    kinds = {kind for body, _, answer in _BODIES.values() for kind in (body, answer) if kind}
     _, components = msgspec.json.schema_components(kinds, ref_template=_REF)
     paths = {path: {"post": _post(*parts)} for path, parts in _BODIES.items()}
     paths |= {path: {"get": _get(path, what)} for path, what in _LOOKS.items()}

@@ -62,6 +62,11 @@ class Text:
         ids: list[int] = self.tokenizer.encode(text, add_special_tokens=add_special).ids
         return ids
 
+    def encode_pair(self, first: str, second: str) -> list[int]:
+        """Token ids of two texts as the tokenizer joins them, with the special tokens it puts around and between."""
+        ids: list[int] = self.tokenizer.encode(first, second).ids
+        return ids
+
     def encode_chat(
         self, messages: Sequence[Message], tools: list[Message] | None = None, extra: dict[str, Any] | None = None
     ) -> list[int]:

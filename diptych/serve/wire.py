@@ -1,8 +1,8 @@
 """What the processes of a cluster say to each other beside the policy's own messages, and the codec for all of it.
 
 Attachments carry what policy must not see: a `Ticket` goes with every `Place`, token ids (and an `Extra`, where there
-is something to say) with `Emit` and `Deliver`, checksums (and the first token) with `Publish`. Not responsible for
-sockets (`channel.py`).
+is something to say) with `Emit`, `Finish` and `Deliver`, checksums (and the first token) with `Publish`. Not
+responsible for sockets (`channel.py`).
 """
 
 from array import array
@@ -128,12 +128,13 @@ class Extra(msgspec.Struct, frozen=True, array_like=True):
     """What is known of emitted tokens beside their ids. What is not there was not asked for.
 
     With the first token of an answer: how many `cached` prompt tokens the worker found, and `prompt`, the scores of
-    the prompt from its second token on.
+    the prompt from its second token on. With the end of a request that writes nothing: `cached`, and its `vector`.
     """
 
     cached: int = 0
     scores: tuple[Score, ...] = ()  # one for each token
     prompt: tuple[Score, ...] = ()
+    vector: bytes = b""  # float32
 
 
 NO_EXTRA = Extra()
@@ -165,7 +166,7 @@ def pack_ids(ids: list[int]) -> bytes:
 
 
 def pack_emit(ids: bytes, extra: Extra) -> bytes:
-    """The attachment of an Emit: token ids as int32, then the Extra, unless it says nothing."""
+    """The attachment of an Emit or a Finish: token ids as int32, then the Extra, unless it says nothing."""
     return ids if extra == NO_EXTRA else ids + _ENCODER.encode(extra)
 
 

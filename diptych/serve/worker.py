@@ -32,6 +32,7 @@ from diptych.policy.messages import (
     Purpose,
     Read,
     ReadFailed,
+    Reason,
     Revoke,
     Role,
     Run,
@@ -94,6 +95,7 @@ class Held:
     cached: int = 0
     scores: dict[int, Score] = field(default_factory=dict)  # of tokens not emitted yet, by position
     prompt_scores: list[Score] = field(default_factory=list)  # until the first token is emitted
+    vector: bytes = b""  # what came of a prompt after which nothing is written
 
 
 class WorkerDriver:
@@ -139,6 +141,9 @@ class WorkerDriver:
         run = self._steps.pop(step)
         self.num_steps += 1
         self._keep_scores(result)
+        for rid, vector in result.vectors.items():
+            if rid in self._held:
+                self._held[rid].vector = vector
         for rid, token, _ in result.tokens:
             if rid in self._held:
                 self._held[rid].tokens.append(token)
@@ -172,9 +177,10 @@ class WorkerDriver:
             case Emit():
                 self._ports.report(order, self._emitted(self._held[order.rid], order))
             case Finish():
-                self._held.pop(order.rid, None)
+                held = self._held.pop(order.rid, None)
                 self._ports.forget(order.rid)
-                self._ports.report(order, b"")
+                came = held if order.reason == Reason.COMPUTED else None
+                self._ports.report(order, pack_emit(b"", Extra(came.cached, vector=came.vector)) if came else b"")
             case Publish():
                 self._tell(order, self._describe(order))
             case Replicate():

@@ -2,6 +2,7 @@
 
 Definitions are the field's: TTFT from arrival to the first token; ITL the gaps between tokens; TPOT their mean for one
 request; e2e from arrival to the last token; handover gap the first of the gaps where prefill and decode were apart.
+What writes nothing (an embedding) has an end instead of tokens: it counts in queue and e2e alone.
 
 Not responsible for running anything (`run.py`).
 """
@@ -88,9 +89,10 @@ def quantiles(samples: Iterable[tuple[float, int]]) -> Quantiles:
 def times_of(stream: Stream) -> RequestTimes:
     """What one finished request took."""
     arrived = stream.arrival.time_s
-    first = seconds(stream.stretches[0].token(0))
-    last_stretch = stream.stretches[-1]
-    last = seconds(last_stretch.token(last_stretch.num - 1))
+    first = last = seconds(stream.ended)
+    if stream.stretches:
+        last_stretch = stream.stretches[-1]
+        first, last = seconds(stream.stretches[0].token(0)), seconds(last_stretch.token(last_stretch.num - 1))
     gaps = gaps_of(stream)
     return RequestTimes(
         ttft=first - arrived,
@@ -159,7 +161,7 @@ def summarize(result: SimResult, slo: Objective | None = None) -> Report:
 def _measures(done: Sequence[Stream], times: Sequence[RequestTimes]) -> dict[str, Quantiles]:
     measures = {
         "queue": quantiles((one.queue, 1) for one in times),
-        "TTFT": quantiles((one.ttft, 1) for one in times),
+        "TTFT": quantiles((o.ttft, 1) for o, s in zip(times, done, strict=True) if s.num_tokens),
         "ITL": quantiles(gap for stream in done for gap in gaps_of(stream)),
         "TPOT": quantiles((o.tpot, 1) for o, s in zip(times, done, strict=True) if s.num_tokens > 1),
         "longest stall": quantiles((o.stall, 1) for o, s in zip(times, done, strict=True) if s.num_tokens > 1),

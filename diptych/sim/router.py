@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from diptych.policy.messages import (
     MAX_ATTEMPTS,
+    WELL,
     Cancel,
     Cancelled,
     Emit,
@@ -131,7 +132,7 @@ class RouterSide:
         stream = self.streams[request_of(event.rid)]
         for rung, spent in event.rungs:
             stream.rungs[rung] = stream.rungs.get(rung, 0.0) + spent
-        if event.reason in (Reason.STOP, Reason.LENGTH):
+        if event.reason in WELL:
             self._close(stream.request, "finished", event.reason)
 
     def _written(self, worker: str) -> tuple[tuple[int, int], ...]:

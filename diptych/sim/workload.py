@@ -24,7 +24,10 @@ def block_hash(stem: int, index: int) -> bytes:
 
 @dataclass(frozen=True, slots=True)
 class Arrival:
-    """One request. `output_len` is the truth about its answer; `stem` names the text its answer continues."""
+    """One request. `output_len` is the truth about its answer; `stem` names the text its answer continues.
+
+    With `max_new` 0 it writes nothing: an embedding or a score.
+    """
 
     time_s: float
     num_prompt: int
@@ -35,8 +38,10 @@ class Arrival:
     stem: int = 0
 
     def __post_init__(self) -> None:
-        if min(self.num_prompt, self.output_len) < 1 or self.output_len > self.max_new:
-            raise ValueError(f"lengths must hold 1 <= prompt and 1 <= output <= max_new: {self}")
+        if self.num_prompt < 1 or not min(1, self.max_new) <= self.output_len <= self.max_new:
+            raise ValueError(
+                f"lengths must hold 1 <= prompt and 1 <= output <= max_new, or 0 = output = max_new: {self}"
+            )
 
     def text_hash(self, index: int) -> bytes:
         """The hash of a full block of its text, prompt or answer."""
@@ -73,7 +78,7 @@ class Workload:
 
     shared_prompt tokens of each prompt are the same within each of `groups` groups. With turns > 1 a client comes
     back `think_s` after each arrival (mean) with all that was said before and a new prompt. max_new: what clients
-    ask for; None: exactly what they will get, so that answers end by length.
+    ask for; None: exactly what they will get, so that answers end by length; 0: nothing, as for an embedding.
     """
 
     rate: float
@@ -113,7 +118,7 @@ def _conversation(workload: Workload, random: Random, start_s: float, stem: int)
     for turn in range(workload.turns):
         num_prompt = said + workload.prompt.draw(random) + (workload.shared_prompt if turn == 0 else 0)
         output = workload.output.draw(random)
-        max_new = workload.max_new or output
+        max_new = output if workload.max_new is None else workload.max_new
         output = min(output, max_new)
         blocks = num_prompt // workload.block_size
         common = tuple(block_hash(group, i) for i in range(min(shared, blocks)))

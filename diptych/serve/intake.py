@@ -1,0 +1,43 @@
+"""Takes in what a client sent: bodies up to a limit, and long texts without holding up everyone else.
+
+Not responsible for what a body says (`openai.py`, `pooling.py`), nor for tokens (`text.py`).
+"""
+
+import asyncio
+from collections.abc import Callable
+from typing import TypeVar
+
+from starlette.requests import Request
+
+from diptych.errors import TooLarge
+from diptych.serve.frontend import ModelCard
+from diptych.serve.openai import too_long
+from diptych.serve.text import Text
+
+T = TypeVar("T")
+
+# Encoding this many characters takes about 2 ms; more of it goes to a thread (tokenizers lets go of the GIL).
+_LONG_TEXT = 8192
+
+
+async def read_body(request: Request, limit: int) -> bytes:
+    """The whole body; TooLarge as soon as it is known to be over `limit` bytes."""
+    if int(request.headers.get("content-length", "0")) > limit:
+        raise TooLarge(f"the request body is over {limit} bytes")
+    body = bytearray()
+    async for part in request.stream():
+        body += part
+        if len(body) > limit:
+            raise TooLarge(f"the request body is over {limit} bytes")
+    return bytes(body)
+
+
+async def aside(size: int, work: Callable[[], T]) -> T:
+    """Long work on text in a thread, short work here: a thread costs more than it."""
+    return await asyncio.to_thread(work) if size > _LONG_TEXT else work()
+
+
+def check_size(num_chars: int, text: Text, card: ModelCard, param: str) -> None:
+    """Refuse what cannot fit before tokenizing it: 32 MiB of text would be ten seconds of a core."""
+    if num_chars > card.max_tokens * max(64, text.longest_token):
+        raise too_long(f"the prompt has {num_chars} characters", card, param)
