@@ -61,5 +61,6 @@ def exceeding(samples: Sequence[float]) -> tuple[list[float], list[float]]:
     if not samples:
         return [], []
     ordered = np.sort(samples)[::-1] * 1e3
-    ranks = np.unique(np.geomspace(1, len(ordered), min(MOST_POINTS, len(ordered))).astype(int))
+    num, tail = len(ordered), min(MOST_POINTS // 2, len(ordered))
+    ranks = np.union1d(np.arange(1, tail + 1), np.geomspace(tail, num, MOST_POINTS // 2).astype(int))
     return ordered[ranks - 1].tolist(), (ranks / len(ordered)).tolist()

@@ -65,7 +65,8 @@ def run(arguments: argparse.Namespace) -> int:
     records, busy = asyncio.run(_send(target, load, arguments))
     found = by_kind(records, slo)
     console = Console()
-    console.print(tables(found, f"{arguments.url}, {load}, seed {load.seed}"), highlight=False)
+    pace = f", {arguments.concurrency} at a time whatever the rate" if arguments.concurrency else ""
+    console.print(tables(found, f"{arguments.url}, {load}{pace}, seed {load.seed}"), highlight=False)
     for line in _warnings(found["all"], busy):
         console.print(line, markup=False)
     if arguments.out:

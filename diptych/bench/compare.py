@@ -138,7 +138,8 @@ def gentle(load: Load) -> Load:
         return replace(load, requests=4)
     rate = max(load.rate / 2, 2.0) if load.rate else 0.0
     long_every_s = WARMUP_S / 2 if load.long_every_s else 0.0
-    return replace(load, rate=rate, long_every_s=long_every_s, seconds=WARMUP_S, requests=None, seed=load.seed + 1)
+    seconds = min(WARMUP_S, load.seconds)
+    return replace(load, rate=rate, long_every_s=long_every_s, seconds=seconds, requests=None, seed=load.seed + 1)
 
 
 def _about(arguments: argparse.Namespace, load: Load, found: "Found") -> dict[str, Any]:

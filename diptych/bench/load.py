@@ -62,7 +62,7 @@ def shots(
 
 def prompt_of(arrival: Arrival, vocab: int) -> list[int]:
     """The token ids of its prompt: those of each block follow from the block's name."""
-    names = (*arrival.hashes, arrival.text_hash(len(arrival.hashes)))
+    names = map(arrival.text_hash, range(-(-arrival.num_prompt // BLOCK)))
     written = b"".join(hashlib.shake_128(name).digest(_BYTES) for name in names)
     ids: list[int] = (np.frombuffer(written, "<u4") % vocab)[: arrival.num_prompt].tolist()
     return ids
