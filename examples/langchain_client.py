@@ -6,6 +6,8 @@ pip install langchain-openai; diptych serve; then: python examples/langchain_cli
 import os
 import sys
 
+from openai import OpenAI
+
 try:
     from langchain_openai import ChatOpenAI
 except ImportError:
@@ -13,7 +15,8 @@ except ImportError:
 
 url = sys.argv[1] if len(sys.argv) > 1 else "http://127.0.0.1:8000"
 key = os.environ.get("DIPTYCH_API_KEY", "none")
-model = ChatOpenAI(model="demo", base_url=f"{url}/v1", api_key=key, temperature=0, max_tokens=48)
+name = OpenAI(base_url=f"{url}/v1", api_key=key).models.list().data[0].id
+model = ChatOpenAI(model=name, base_url=f"{url}/v1", api_key=key, temperature=0, max_tokens=48)
 print(model.invoke("Tell me a story about a fox.").content)
 for part in model.stream("Tell me a story about a hen."):
     print(part.content, end="", flush=True)

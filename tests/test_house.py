@@ -297,7 +297,7 @@ def test_every_command_is_documented() -> None:
 
 @pytest.mark.parametrize("command", subcommands())
 def test_every_flag_is_documented(command: str) -> None:
-    """And every documented flag is there. Those of a load are the same in several commands, and have their own table."""
+    """And every documented flag is there. A load's are the same in several commands, and have a table of their own."""
     found = sections(ROOT / "docs/cli.md")
     text = found[f"`diptych {command}`"]
     documented = first_column(text) | (first_column(found["A load"]) if "(#a-load)" in text else set())

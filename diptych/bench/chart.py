@@ -1,6 +1,6 @@
 """A picture of a comparison: for TTFT, TPOT and ITL, which share of the samples took longer than so many milliseconds.
 
-The tail is the point, so shares are on a logarithmic axis: at 1 % stands the p99. matplotlib is an optional extra. Not
+The tail is the point, so the share is on a logarithmic axis: at 1 % stands the p99. matplotlib is an optional extra. Not
 responsible for the samples.
 """
 
@@ -38,6 +38,7 @@ def draw(path: Path, found: Found, about: dict[str, Any]) -> None:
     """Write the chart of the rounds that count, for the kind of request that matters most."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullFormatter
 
     kept = kept_rounds(found)
     focus = next(iter(found.values()))[0].focus
@@ -47,7 +48,11 @@ def draw(path: Path, found: Found, about: dict[str, Any]) -> None:
         for mode, some in found.items():
             records = [r for i in kept for r in some[i].records if focus in (r.kind, "all")]
             axes.plot(*exceeding([s for record in records for s in samples_of(record)]), label=mode)
-        axes.set(xscale="log", yscale="log", xlabel=f"{name}, ms", ylabel="share that took longer")
+        axes.set(xscale="log", yscale="log", xlabel=f"{name}, ms", ylabel="% that took longer")
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_formatter("{x:g}")
+            axis.set_minor_formatter(NullFormatter())
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.grid(alpha=0.3)
     figure.axes[0].legend()
     what = "requests" if focus == "all" else f"{focus}s"
@@ -57,10 +62,10 @@ def draw(path: Path, found: Found, about: dict[str, Any]) -> None:
 
 
 def exceeding(samples: Sequence[float]) -> tuple[list[float], list[float]]:
-    """Milliseconds, and the share of the samples that took at least as long; every sample of the tail, some before."""
+    """Milliseconds, and how many % of the samples took at least as long; every sample of the tail, some before."""
     if not samples:
         return [], []
     ordered = np.sort(samples)[::-1] * 1e3
     num, tail = len(ordered), min(MOST_POINTS // 2, len(ordered))
     ranks = np.union1d(np.arange(1, tail + 1), np.geomspace(tail, num, MOST_POINTS // 2).astype(int))
-    return ordered[ranks - 1].tolist(), (ranks / len(ordered)).tolist()
+    return ordered[ranks - 1].tolist(), (100 * ranks / num).tolist()

@@ -6,6 +6,7 @@ that is not called one. Not responsible for running anything (`compare.py`).
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from math import log
 from statistics import median
 from typing import Any
 
@@ -93,16 +94,21 @@ def verdicts(found: Found) -> Iterator[str]:
     kept = kept_rounds(found)
     figures = [figure for figure in figures_of(found[base][0], "") if figure.better]
     for mode in others:
-        gains: list[str] = []
-        costs: list[str] = []
-        for figure in figures:
-            ratio = _difference(figure, [found[mode][i] for i in kept], [found[base][i] for i in kept])
-            if ratio is not None:
-                side = gains if (ratio > 1) == (figure.better > 0) else costs
-                side.append(f"{figure.label.partition(',')[0]} {rounds.number(ratio)}x")
+        mine, theirs = ([found[one][i] for i in kept] for one in (mode, base))
+        known = [(figure, ratio) for figure in figures if (ratio := _difference(figure, mine, theirs)) is not None]
+        known.sort(key=lambda pair: -abs(log(pair[1])))
+        gains, costs = ([_say(*pair) for pair in known if _gained(*pair) == good] for good in (True, False))
         yield _sentence(mode, base, gains, costs)
     if len(kept) < 3:
         yield f"{len(kept)} round(s) are too few to tell a difference from chance: use --rounds 3 or more."
+
+
+def _gained(figure: Figure, ratio: float) -> bool:
+    return (ratio > 1) == (figure.better > 0)
+
+
+def _say(figure: Figure, ratio: float) -> str:
+    return f"{figure.label.partition(',')[0]} {rounds.number(ratio)}x"
 
 
 def _sentence(mode: str, base: str, gains: list[str], costs: list[str]) -> str:
@@ -117,7 +123,7 @@ def _sentence(mode: str, base: str, gains: list[str], costs: list[str]) -> str:
 def _difference(figure: Figure, mine: Sequence[Round], base: Sequence[Round]) -> float | None:
     """The ratio of medians, where it can be told from chance."""
     ours, theirs = ([v for v in map(figure.value, some) if v is not None] for some in (mine, base))
-    if not ours or not theirs or not median(theirs) > 0:
+    if not ours or not theirs or min(median(ours), median(theirs)) <= 0:
         return None
     ratio = median(ours) / median(theirs)
     apart = max(ours) < min(theirs) or min(ours) > max(theirs)
