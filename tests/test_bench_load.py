@@ -114,6 +114,28 @@ def test_what_does_not_end_is_cut_off() -> None:
     assert [record.error for record in records] == ["unfinished"] * 2
 
 
+def test_a_load_that_is_given_up_leaves_nothing_running() -> None:
+    async def main(closed: bool) -> list[Record]:
+        fake, records = FakeClient(takes_s=60.0), list[Record]()
+        shots = shots_at(0.0, 0.0)
+        sending = (
+            closed_loop(as_client(fake), shots, 2, 60.0, records=records)
+            if closed
+            else open_loop(as_client(fake), shots, records=records)
+        )
+        task = asyncio.create_task(sending)
+        while fake.now < 2:
+            await asyncio.sleep(0.01)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert fake.now == 0
+        return records
+
+    for closed in (False, True):
+        assert [record.error for record in asyncio.run(main(closed))] == ["unfinished"] * 2
+
+
 def test_a_closed_loop_keeps_so_many_under_way() -> None:
     fake = FakeClient(takes_s=0.01)
     endless = (Shot(0.0, "chat", (1,), 1) for _ in count())

@@ -1,7 +1,7 @@
-"""A picture of a comparison: for TTFT, TPOT and ITL, which share of the samples took longer than so many milliseconds.
+"""A picture of a comparison: for TTFT, TPOT and ITL, how many % of the samples took longer than so many milliseconds.
 
-The tail is the point, so the share is on a logarithmic axis: at 1 % stands the p99. matplotlib is an optional extra. Not
-responsible for the samples.
+The tail is the point, so the share is on a logarithmic axis: at 1 % stands the p99. matplotlib is an optional extra.
+Not responsible for the samples.
 """
 
 from collections.abc import Callable, Sequence

@@ -6,6 +6,7 @@ the command line knows its flags at once.
 
 import argparse
 import asyncio
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -101,6 +102,8 @@ async def _send(target: "Target", load: Load, arguments: argparse.Namespace) -> 
                 await closed_loop(client, supply, arguments.concurrency, load.seconds, DRAIN_S, records)
             else:
                 await open_loop(client, timed, DRAIN_S, records)
+    except asyncio.CancelledError:  # Ctrl-C: what was measured until then is shown
+        print("stopped; what was under way counts as unfinished", file=sys.stderr)
     finally:
         await client.close()
     return records, (process_time() - begin_cpu_s) / (perf_counter() - begin_s)

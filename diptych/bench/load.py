@@ -80,15 +80,18 @@ async def open_loop(
     """
     prepared = [(shot, shot.body()) for shot in shots]
     start_s = perf_counter() + 0.05
-    records, tasks = [] if records is None else records, []
-    for shot, body in prepared:
-        record = shot.record(start_s)
-        await asyncio.sleep(max(record.due_s - perf_counter(), 0.0))
-        records.append(record)
-        tasks.append(asyncio.create_task(client.send(body, record)))
-    if tasks:
-        _, late = await asyncio.wait(tasks, timeout=drain_s)
-        await _cut_off(late)
+    records = [] if records is None else records
+    tasks: list[asyncio.Task[Record]] = []
+    try:
+        for shot, body in prepared:
+            record = shot.record(start_s)
+            await asyncio.sleep(max(record.due_s - perf_counter(), 0.0))
+            records.append(record)
+            tasks.append(asyncio.create_task(client.send(body, record)))
+        if tasks:
+            await asyncio.wait(tasks, timeout=drain_s)
+    finally:
+        await _cut_off(tasks)
     return records
 
 
@@ -116,13 +119,16 @@ async def closed_loop(
             await client.send(body, record)
 
     tasks = [asyncio.create_task(one_after_the_other()) for _ in range(concurrency)]
-    _, late = await asyncio.wait(tasks, timeout=min(seconds, DAY_S) + drain_s)
-    await _cut_off(late)
+    try:
+        await asyncio.wait(tasks, timeout=min(seconds, DAY_S) + drain_s)
+    finally:
+        await _cut_off(tasks)
     return records
 
 
-async def _cut_off(tasks: Iterable["asyncio.Task[object]"]) -> None:
-    late = list(tasks)
+async def _cut_off(tasks: Iterable["asyncio.Task[Any]"]) -> None:
+    """End those that still run; also when the whole load is given up in the middle."""
+    late = [task for task in tasks if not task.done()]
     for task in late:
         task.cancel()
     await asyncio.gather(*late, return_exceptions=True)
