@@ -40,7 +40,8 @@ from diptych.serve.supervisor import Supervisor
 READY_S, DRAIN_S = 120.0, 60.0
 MOST_OPEN = 48  # requests under way; what comes beyond waits, so that a stalled machine is not buried
 PACED = {"base_ms": 4.0, "new_token_us": 50.0, "context_token_us": 0.1, "kv_bytes_per_token": 64, "vocab": 512}
-WARMUP_SHARE = 0.25  # of the run: pools fill, caches of the allocator settle
+WARMUP_SHARE, WARMUP_S = 0.25, 300.0  # of the run, at least: pools fill, caches of the allocator settle
+JUDGED_S = 300.0  # a slope over less than that is not judged
 GROWTH_PER_H = 1 << 20  # bytes: memory that grows more slowly is called flat ...
 GROWTH, GROWTH_SHARE = (
     256 << 10,
@@ -288,9 +289,20 @@ def trend(times_s: Sequence[float], values: Sequence[float]) -> Trend:
     return Trend(float(np.median(slopes)) * 3600, growth, float(np.median(v)))
 
 
+def warm_s(soak: Soak) -> float:
+    """When the warm-up ends; a run that is shorter than one is all shown."""
+    end_s = soak.samples[-1].at_s
+    return max(end_s * WARMUP_SHARE, WARMUP_S) if end_s > WARMUP_S else 0.0
+
+
+def long_enough(soak: Soak) -> bool:
+    """Long enough for its memory to be judged."""
+    return soak.samples[-1].at_s >= warm_s(soak) + JUDGED_S and warm_s(soak) > 0
+
+
 def trends(soak: Soak) -> dict[str, Trend]:
     """Each process's resident memory."""
-    begin_s = soak.samples[-1].at_s * WARMUP_SHARE
+    begin_s = warm_s(soak)
     measured = [sample for sample in soak.samples if sample.at_s >= begin_s]
     times_s = [sample.at_s for sample in measured]
     return {name: trend(times_s, [s.processes[name].rss_bytes for s in measured]) for name in soak.pids}
@@ -315,7 +327,9 @@ def faults(soak: Soak, tally: Tally, last: Sample) -> list[str]:
 
 
 def growing(soak: Soak) -> list[str]:
-    """The processes whose memory is not flat."""
+    """The processes whose memory is not flat; none where the run was too short to say."""
+    if not long_enough(soak):
+        return []
     judged = {name: found for name, found in trends(soak).items() if name != "client"}
     return [f"{name}: grows {mib(found.per_h)} MiB an hour" for name, found in judged.items() if not found.flat]
 
@@ -357,8 +371,9 @@ def write_chart(path: Path, soak: Soak) -> None:
     minutes = [sample.at_s / 60 for sample in soak.samples]
     for name in soak.pids:
         sizes = [sample.processes[name].rss_bytes / (1 << 20) for sample in soak.samples]
-        axes.plot(minutes, [size - sizes[int(len(sizes) * WARMUP_SHARE)] for size in sizes], label=name, lw=1)
-    axes.axvline(minutes[-1] * WARMUP_SHARE, color="grey", ls=":")
+        warm = next(size for size, minute in zip(sizes, minutes, strict=True) if minute >= warm_s(soak) / 60)
+        axes.plot(minutes, [size - warm for size in sizes], label=name, lw=1)
+    axes.axvline(warm_s(soak) / 60, color="grey", ls=":")
     axes.set(xlabel="minutes", ylabel="RSS, MiB, against the end of the warm-up (dotted)", ylim=(-3, 3))
     axes.grid(alpha=0.3)
     axes.legend(ncols=len(soak.pids), fontsize=8)
@@ -386,7 +401,8 @@ def main() -> int:
         highlight=False,
     )
     console.print(table(soak, tally))
-    console.print("FAULTS:\n  " + "\n  ".join(wrong) if wrong else "flat memory on every process, every block home")
+    memory = "flat memory on every process" if long_enough(soak) else "too short to judge memory (10 minutes and more)"
+    console.print("FAULTS:\n  " + "\n  ".join(wrong) if wrong else f"every block home; {memory}")
     if arguments.out:
         slopes = {name: {"per_h": found.per_h, "growth": found.growth} for name, found in trends(soak).items()}
         kept = {"about": about, "faults": wrong, "ended": tally.ended, "trends": slopes, "samples": soak.samples}

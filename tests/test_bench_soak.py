@@ -72,6 +72,7 @@ def test_memory_that_grows_is_found(script: ModuleType) -> None:
     assert script.growing(soaked(script, slowly)) == ["m0: grows 6.00 MiB an hour"]
     large = [500.0 + 0.04 * i for i in range(60)]  # 1.4 MiB in all, of a process of 500
     assert script.growing(soaked(script, large)) == []
+    assert script.growing(soaked(script, slowly[:9])) == [], "too short to say"
     jumps = [50.0 + (30.0 if i in (20, 40) else 0.0) for i in range(60)]
     assert script.growing(soaked(script, jumps)) == [], "two samples that stick out are no slope"
 
