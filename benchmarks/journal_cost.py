@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +23,17 @@ import msgspec
 
 from diptych.bench import rounds
 from diptych.bench.clusters import Measured, measure, vocab_of, worded
-from diptych.bench.load import Mix, Shot, mixed
+from diptych.bench.load import shots
 from diptych.bench.processes import Usage
 from diptych.bench.report import summarize
 from diptych.config import load_cluster
 from diptych.journal import Journal, Recording, read_journals
+from diptych.sim.load import Load
+from diptych.sim.workload import parse_lengths
 
 NAMES = ("without", "with")
 PACED = {"base_ms": 4.0, "new_token_us": 50.0, "context_token_us": 0.1, "kv_bytes_per_token": 64, "vocab": 512}
+PROMPT, OUTPUT = parse_lengths("64-200"), parse_lengths("64-128")
 YARDSTICK = ("api", "client")  # they do the same work in every round and keep no journal
 MIN_EVENTS = 20_000  # recorded again at least, so that CPU clocks are fine enough
 
@@ -95,9 +98,11 @@ def _run(arguments: argparse.Namespace, journal: str | None) -> Measured:
     flags: dict[str, Any] = {"engine": "paced", "prefill": 1, "decode": 1, "paced": PACED, "journal": journal}
     cluster = load_cluster(None, flags)
     vocab = vocab_of(cluster)
-    shots: list[Shot] = mixed(Mix(arguments.rate, 2.0), arguments.seconds, arguments.seed, vocab)
+    chats = Load(arguments.rate, prompt=PROMPT, output=OUTPUT, long_every_s=2.0, seconds=arguments.seconds)
+    load = replace(chats, seed=arguments.seed)
+    warmup = replace(chats, rate=4.0, long_every_s=1.0, seconds=2.0, seed=arguments.seed + 1)
     with worded(cluster) as ready:
-        return measure(ready, shots, mixed(Mix(4.0, 1.0), 2.0, arguments.seed + 1, vocab))
+        return measure(ready, list(shots(load.arrivals(), vocab)), list(shots(warmup.arrivals(), vocab)))
 
 
 def _alone(recording: Recording) -> Alone:

@@ -1,4 +1,4 @@
-"""The command line: `diptych serve`, `simulate`, `replay`. Short help; every flag is documented in docs/cli.md.
+"""The command line: `diptych serve`, `simulate`, `replay`, `bench`, `compare`. Short help; docs/cli.md has every flag.
 
 Only reads arguments and prints; the work is in the packages it calls, imported when a command needs them.
 """
@@ -13,7 +13,10 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from diptych import __version__
+from diptych.bench import command as bench
+from diptych.bench import compare
 from diptych.errors import DiptychError
+from diptych.sim.load import add_load_flags, load_of
 
 if TYPE_CHECKING:
     from diptych.journal import Recording
@@ -41,6 +44,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_serve(commands)
     _add_simulate(commands)
     _add_replay(commands)
+    bench.add(commands)
+    compare.add(commands)
     return parser
 
 
@@ -143,11 +148,7 @@ def _add_simulate(commands: Any) -> None:
         description="Run the server's own router and workers in virtual time at given costs; show what clients see.",
     )
     _add_topology(parser)
-    parser.add_argument("--rate", type=float, default=1.0, metavar="R", help="requests per second, Poisson (1)")
-    parser.add_argument("--requests", type=int, default=1000, metavar="N", help="how many requests (1000)")
-    parser.add_argument("--prompt", type=_lengths, default="512", metavar="LENGTHS", help="512, 64-200 or ~512 (512)")
-    parser.add_argument("--output", type=_lengths, default="128", metavar="LENGTHS", help="the same, of answers (128)")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="same seed, same run (0)")
+    add_load_flags(parser, rate=1.0, prompt="512", output="128", seed=0)
     parser.add_argument("--slo", metavar="LIMITS", help="what counts as good, like ttft=0.5,tpot=0.05 (seconds)")
     parser.add_argument(
         "--step-cost", type=_step_cost, default="8e-3,4e-5,4e-8", metavar="A,B,C",
@@ -174,30 +175,10 @@ def _simulate(arguments: argparse.Namespace) -> int:
         router=cluster.router,
         costs=Costs(step=arguments.step_cost, kv_bytes_per_token=arguments.kv_bytes),
         link=Link(bytes_per_s=arguments.link * 1e9),
-        rate=arguments.rate,
-        prompt=arguments.prompt,
-        output=arguments.output,
-        requests=arguments.requests,
-        seed=arguments.seed,
+        arrivals=load_of(arguments, requests=1000).arrivals(cluster.workers[0].block_size),
     )
     render(summarize(result, parse_slo(arguments.slo) if arguments.slo else None))
     return 0
-
-
-def _lengths(text: str) -> Any:
-    """Lengths in tokens: 512 (all alike), 64-200 (uniform), ~512 (lognormal with that mean)."""
-    from diptych.sim.workload import Lengths
-
-    try:
-        if text.startswith("~"):
-            return Lengths(float(text[1:]), "lognormal")
-        low, _, high = text.partition("-")
-        if not high:
-            return Lengths(float(low))
-        mean = (float(low) + float(high)) / 2
-        return Lengths(mean, "uniform", (float(high) - mean) / mean)
-    except ValueError:
-        raise argparse.ArgumentTypeError("tokens, like 512, 64-200 or ~512") from None
 
 
 def _step_cost(text: str) -> Any:

@@ -147,8 +147,7 @@ def load_cluster(path: Path | None, flags: dict[str, Any]) -> Cluster:
     """
     data: dict[str, Any] = _read(path) if path else {}
     flags = {key: value for key, value in flags.items() if value is not None}
-    if os.environ.get(KEY_VARIABLE):
-        flags.setdefault("api_key", os.environ[KEY_VARIABLE])
+    flags |= {"api_key": key} if (key := key_of(flags.get("api_key"))) is not None else {}
     counts = {role: flags.pop(role.value, 0) for role in Role}
     cores = flags.pop("cores", None)
     if any(counts.values()):
@@ -176,6 +175,11 @@ def load_cluster(path: Path | None, flags: dict[str, Any]) -> Cluster:
         router=RouterSpec(file.router.policy, file.router.max_requests, file.router.disaggregate_above),
         paced=file.paced.model(),
     )
+
+
+def key_of(flag: str | None) -> str | None:
+    """The API key: of a flag, else of the environment."""
+    return flag if flag is not None else os.environ.get(KEY_VARIABLE) or None
 
 
 def parse_bytes(text: int | str) -> int:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from diptych.bench.client import Client, Connection, Record, completion
+from diptych.bench.client import Client, Connection, Record, chat_completion, completion
 
 HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
 USAGE = b'data: {"choices":[],"usage":{"prompt_tokens":2,"completion_tokens":%d}}\n\n'
@@ -45,11 +45,11 @@ class Wire(asyncio.Transport):
         pass
 
 
-def fed(*parts: bytes, max_tokens: int = 3) -> tuple[Record, Connection]:
+def fed(*parts: bytes, max_tokens: int = 3, exact: bool = True) -> tuple[Record, Connection]:
     """The record of a request whose reply came in these parts."""
 
     async def main() -> tuple[Record, Connection]:
-        connection, record = Connection(), Record(max_tokens=max_tokens)
+        connection, record = Connection(exact=exact), Record(max_tokens=max_tokens)
         connection.connection_made(Wire())
         under_way = asyncio.ensure_future(connection.exchange(b"GET", record))
         await asyncio.sleep(0)
@@ -118,11 +118,53 @@ def test_what_is_not_http_is_an_error() -> None:
     assert fed(b"SSH-2.0 x y\r\n\r\n")[0].error.startswith("not HTTP")
 
 
+def test_where_lengths_are_as_they_come_a_short_answer_is_none() -> None:
+    record, _ = fed(reply(token("a"), USAGE % 1 + DONE), exact=False)
+    assert (record.error, record.num_tokens, record.num_prompt) == ("", 1, 2)
+
+
+def test_a_server_that_does_not_count_is_counted_for() -> None:
+    record, _ = fed(reply(token("a"), token("b"), DONE), max_tokens=2)
+    assert (record.num_tokens, record.error) == (2, "")
+
+
+def test_other_servers_write_json_and_lines_another_way() -> None:
+    spaced = [
+        token(text, end).replace(b'":', b'": ').replace(b"\n\n", b"\r\n\r\n")
+        for text, end in (("a", "null"), ("b", '"stop"'))
+    ]
+    whole = reply(*spaced, USAGE.replace(b'":', b'": ').replace(b"\n\n", b"\r\n\r\n") % 2)
+    for cut in range(1, len(whole)):
+        record, _ = fed(whole[:cut], whole[cut:], max_tokens=2)
+        assert (len(record.times_s), record.num_tokens, record.error) == (2, 2, ""), cut
+
+
+def test_a_chat_begins_with_who_speaks() -> None:
+    def delta(content: str, finish: str = "null") -> bytes:
+        return f'data: {{"choices":[{{"index":0,"delta":{{{content}}},"finish_reason":{finish}}}]}}\n\n'.encode()
+
+    events = (
+        delta('"role":"assistant","content":""'),
+        delta('"content":"a"'),
+        delta('"content":"b"'),
+        delta("", '"stop"'),
+    )
+    record, _ = fed(reply(*events, USAGE % 2), max_tokens=2)
+    assert (len(record.times_s), record.num_unseen, record.error) == (2, 0, "")
+    assert len(fed(reply(delta('"role":"assistant","content":"a"'), USAGE % 1), max_tokens=1)[0].times_s) == 1
+
+
+def test_a_usage_that_is_none_is_an_error() -> None:
+    assert "usage" in fed(reply(b'data: {"choices":[],"usage":{"completion_tokens":"many"}}\n\n'))[0].error
+
+
 def test_a_body_asks_for_exactly_so_many_tokens() -> None:
     body = json.loads(completion([1, 2], 5, model="m"))
     assert (body["prompt"], body["max_tokens"], body["ignore_eos"], body["model"]) == ([1, 2], 5, True, "m")
     assert body["stream"] and body["stream_options"]["include_usage"]
     assert json.loads(completion("text", 5))["prompt"] == "text"
+    chat = json.loads(chat_completion("hello", 5))
+    assert chat["messages"] == [{"role": "user", "content": "hello"}] and chat["max_tokens"] == 5
 
 
 # --- over a socket ---------------------------------------------------------------------------------------------
@@ -176,6 +218,24 @@ def test_connections_are_used_again() -> None:
         assert client.num_opened == 2 and not any(record.error for record in both)
 
     asyncio.run(with_server(answering, use))
+
+
+def test_headers_are_sent_with_every_request() -> None:
+    heads: list[bytes] = []
+
+    async def listening(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        heads.append(await read_request(reader))
+        writer.write(WHOLE)
+        await hang_up(writer)
+
+    async def use(client: Client) -> None:
+        keyed = Client(*client._address, "/base/v1/completions", headers={"authorization": "Bearer k"})
+        assert not (await keyed.send(completion([1], 3), Record(max_tokens=3))).error
+        await keyed.close()
+        assert heads[0].startswith(b"POST /base/v1/completions HTTP/1.1\r\n")
+        assert b"\r\nauthorization: Bearer k\r\ncontent-length: " in heads[0]
+
+    asyncio.run(with_server(listening, use))
 
 
 def test_a_request_that_is_given_up_hangs_up() -> None:

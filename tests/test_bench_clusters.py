@@ -5,21 +5,32 @@ from pathlib import Path
 import pytest
 
 from diptych.bench.clusters import Measured, measure, vocab_of, worded
-from diptych.bench.load import Mix, Shape, mixed
+from diptych.bench.load import shots
 from diptych.bench.report import by_kind
 from diptych.config import load_cluster
 from diptych.serve.text import Text
+from diptych.sim.load import Load
+from diptych.sim.workload import parse_lengths
 
 FAST = {"base_ms": 1.0, "new_token_us": 5.0, "context_token_us": 0.0, "vocab": 64}
-MIX = Mix(10.0, 0.5, Shape("chat", (20, 40), (4, 8)), Shape("long", (600, 700), (2, 4)))
+LOAD = Load(
+    10.0,
+    prompt=parse_lengths("20-40"),
+    output=parse_lengths("4-8"),
+    long_every_s=0.5,
+    long_prompt=parse_lengths("600-700"),
+    long_output=parse_lengths("2-4"),
+    seconds=1.0,
+    seed=1,
+)
 
 
 @pytest.fixture(scope="module")
 def measured() -> Measured:
     cluster = load_cluster(None, {"engine": "paced", "prefill": 1, "decode": 1, "paced": FAST})
     with worded(cluster) as ready:
-        shots = mixed(MIX, 1.0, 1, vocab_of(ready))
-        return measure(ready, shots, shots[:2], drain_s=5.0)
+        asked = list(shots(LOAD.arrivals(), vocab_of(ready)))
+        return measure(ready, asked, asked[:2], drain_s=5.0)
 
 
 def test_every_token_of_every_answer_is_seen_by_itself(measured: Measured) -> None:

@@ -5,7 +5,7 @@ import subprocess
 import sys
 import time
 
-from diptych.bench.processes import MAX_FOREIGN, Stopwatch, Usage, cpu_seconds
+from diptych.bench.processes import MAX_FOREIGN, Stopwatch, Usage, cpu_seconds, footprint
 
 BURN = (
     "import time\nend = time.process_time() + 0.3\nwhile time.process_time() < end: pass\nprint('done', flush=True)\n"
@@ -22,6 +22,16 @@ def test_work_is_charged_to_who_did_it() -> None:
     assert 0.2 < usage.processes["child"].cpu_s < 5.0
     assert 0.0 < usage.processes["child"].busy <= 1.1
     assert usage.wall_s > 0.2
+
+
+def test_what_a_process_holds() -> None:
+    before = footprint(os.getpid())
+    held = bytearray(b"x" * (32 << 20))
+    with open("/dev/null") as file:
+        after = footprint(os.getpid())
+        assert after.num_fds == before.num_fds + 1 and not file.closed
+    assert after.anon_bytes - before.anon_bytes > len(held) // 2
+    assert after.rss_bytes >= after.pss_bytes > 0 and after.num_threads >= 1
 
 
 def test_cpu_time_only_grows() -> None:

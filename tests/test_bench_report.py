@@ -4,7 +4,7 @@ import pytest
 from rich.console import Console
 
 from diptych.bench.client import Record
-from diptych.bench.report import by_kind, good, latency, ms, summarize, table
+from diptych.bench.report import by_kind, good, latency, ms, row, summarize, tables
 from diptych.bench.slo import Slo
 
 
@@ -22,7 +22,8 @@ def test_quantiles_interpolate_between_samples() -> None:
 
 def test_p99_needs_a_thousand_samples() -> None:
     below, enough = latency([float(i) for i in range(999)]), latency([float(i) for i in range(1000)])
-    assert below.p95 is None and below.p99 is None and below.tail == ("p90", below.p90)
+    assert below.p95 is not None and below.p99 is None and below.tail == ("p90", below.p90)
+    assert latency([1.0] * 199).p95 is None, "and p95 two hundred"
     assert enough.tail[0] == "p99" and enough.p99 == pytest.approx(989.01)
 
 
@@ -36,12 +37,12 @@ def test_a_summary_by_hand() -> None:
     one = record(10.0, [10.5, 10.6, 10.8])
     two = record(11.0, [11.25, 11.75], late=0.125)
     found = summarize([one, two], Slo(ttft=0.4))
-    assert found.ttft.p50 == pytest.approx(0.375) and found.ttft.max == pytest.approx(0.5)
+    assert found.ttft.p50 == pytest.approx(0.4375) and found.ttft.max == pytest.approx(0.5)  # two: 0.25 and 0.125 late
     assert found.itl.num == 3 and found.itl.mean == pytest.approx(0.8 / 3)  # gaps 0.1, 0.2, 0.5
     assert found.stall_s == found.worst_gaps_s == pytest.approx(0.5)
     assert found.second.num == 2 and found.second.max == pytest.approx(0.5)
     assert found.tpot.mean == pytest.approx((0.15 + 0.5) / 2)
-    assert found.e2e.max == pytest.approx(0.8)
+    assert found.e2e.max == pytest.approx(0.875)
     assert found.span_s == pytest.approx(1.75)  # 10.0 to 11.75
     assert found.tokens_per_s == pytest.approx(5 / 1.75)
     assert (found.num_good, found.goodput_per_s) == (1, pytest.approx(1 / 1.75))
@@ -79,6 +80,22 @@ def test_kinds_are_told_apart() -> None:
     assert list(found) == ["chat", "long", "all"]
     assert found["chat"].ttft.p50 == pytest.approx(0.1) and found["long"].ttft.p50 == pytest.approx(3.0)
     assert found["all"].num == 2
+    assert list(by_kind([record(0.0, [0.1, 0.2])])) == ["all"], "one kind is no kind"
+
+
+def test_answers_that_ended_early_are_told() -> None:
+    short = record(0.0, [0.1, 0.2])
+    short.max_tokens = 9
+    assert summarize([short]).num_short == 1
+
+
+def test_a_request_is_a_line_of_a_file() -> None:
+    line = row(record(10.0, [10.5, 10.6, 10.8], late=0.25), 9.0)
+    assert (line["due_s"], line["sent_s"], line["num_tokens"]) == (0.75, 1.0, 3)
+    assert line["ttft_s"] == pytest.approx(0.75) and line["tpot_s"] == pytest.approx(0.15)
+    assert line["itl_s"] == [0.1, 0.2] and line["error"] == ""
+    silent = row(record(0.0, [], error="gone"), 0.0)
+    assert silent["ttft_s"] is None and silent["tpot_s"] is None and silent["error"] == "gone"
 
 
 def test_milliseconds_have_three_digits() -> None:
@@ -88,6 +105,8 @@ def test_milliseconds_have_three_digits() -> None:
 def test_the_table_shows_it() -> None:
     console = Console(width=160)
     with console.capture() as capture:
-        console.print(table(by_kind([record(0.0, [0.1, 0.2])], Slo(ttft=1.0)), "a title"))
+        console.print(tables(by_kind([record(0.0, [0.1, 0.2])], Slo(ttft=1.0)), "a title"))
     shown = capture.get()
-    assert "p50 100" in shown and "in SLO ttft=1" in shown and "100.0%" in shown
+    ttft = next(line for line in shown.splitlines() if line.startswith("│ TTFT"))
+    assert [cell.strip() for cell in ttft.split("│")[1:-1]] == ["TTFT", "100", "100", "100", "-", "-", "100", "1"]
+    assert "in SLO ttft=1: 100.0%, goodput 5.00 requests/s" in shown

@@ -8,6 +8,7 @@ from diptych.policy.router import RouterSpec
 from diptych.sim.conditions import ClientGone, Happening, WorkerDies
 from diptych.sim.costs import Costs, Link, StepCost
 from diptych.sim.driver import SimResult, Simulation, Stuck, simulate
+from diptych.sim.load import Load
 from diptych.sim.run import make_cluster, run_simulation
 from diptych.sim.workload import Arrival, Lengths
 
@@ -77,7 +78,7 @@ def test_what_makes_no_sense_is_refused() -> None:
     with pytest.raises(ValueError, match="block size"):
         Simulation([PAIR[0], WorkerSpec("x", Role.DECODE, 64, 32)], RouterSpec(), COSTS, LINK, [])
     with pytest.raises(ValueError, match="mixed worker"):
-        run_simulation(make_cluster(prefill=1), requests=1)
+        run_simulation(make_cluster(prefill=1), arrivals=[])
 
 
 def test_a_simulation_can_be_given_a_limit() -> None:
@@ -86,8 +87,7 @@ def test_a_simulation_can_be_given_a_limit() -> None:
 
 
 def test_the_short_form() -> None:
-    result = run_simulation(
-        make_cluster(prefill=1, decode=2), rate=5, prompt=Lengths(100), output=Lengths(10), requests=20
-    )
+    load = Load(rate=5, prompt=Lengths(100), output=Lengths(10), requests=20)
+    result = run_simulation(make_cluster(prefill=1, decode=2), arrivals=load.arrivals())
     assert result.counts["finished"] == 20
     assert [machine.name for machine in result.machines] == ["prefill-0", "decode-0", "decode-1"]

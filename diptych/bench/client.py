@@ -8,14 +8,23 @@ requests are sent (`load.py`) or what their times mean (`report.py`).
 
 import asyncio
 import contextlib
+import re
 import socket
-from collections.abc import Callable
+import ssl
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum, auto
 from time import perf_counter
 from typing import Any
 
 import msgspec
+
+# Servers write JSON with and without spaces, and end events with either kind of line.
+_EVENT_END = re.compile(rb"\r?\n\r?\n")
+_GOES_ON = re.compile(rb'"finish_reason": ?null')
+_USAGE = re.compile(rb'"usage": ?\{')
+_TEXT = re.compile(rb'"(?:text|content)": ?"[^"]')
+_ROLE_ALONE = re.compile(rb'"role": ?"assistant"[^}]*"content": ?(?:""|null)')
 
 
 @dataclass(slots=True)
@@ -33,30 +42,58 @@ class Record:
     error: str = ""
 
     @property
+    def over(self) -> bool:
+        """It ended, one way or the other."""
+        return self.ended_s > 0
+
+    @property
     def num_unseen(self) -> int:
         """Tokens that made no event of their own: special ones, halves of characters."""
         return self.num_tokens - len(self.times_s)
 
 
 def completion(prompt: str | list[int], max_tokens: int, **fields: Any) -> bytes:
-    """The body of a streamed completion of exactly `max_tokens` tokens."""
+    """The body of a streamed completion of exactly `max_tokens` tokens. A field that is None is left out."""
+    return _body({"prompt": prompt}, max_tokens, fields)
+
+
+def chat_completion(prompt: str, max_tokens: int, **fields: Any) -> bytes:
+    """The same of a chat with one message."""
+    return _body({"messages": [{"role": "user", "content": prompt}]}, max_tokens, fields)
+
+
+def _body(prompt: Mapping[str, Any], max_tokens: int, fields: Mapping[str, Any]) -> bytes:
     call: dict[str, Any] = {
-        "prompt": prompt,
+        **prompt,
         "max_tokens": max_tokens,
         "temperature": 0,
         "ignore_eos": True,
         "stream": True,
         "stream_options": {"include_usage": True},
+        **fields,
     }
-    return msgspec.json.encode(call | fields)
+    return msgspec.json.encode({name: value for name, value in call.items() if value is not None})
 
 
 class Client:
-    """Connections to one server. `send` opens one where none is idle, so requests never wait for each other."""
+    """Connections to one server. `send` opens one where none is idle, so requests never wait for each other.
 
-    def __init__(self, host: str, port: int, path: str = "/v1/completions"):
-        self._address = (host, port)
-        self._head = f"POST {path} HTTP/1.1\r\nhost: {host}:{port}\r\ncontent-type: application/json\r\n".encode()
+    exact: an answer shorter than asked for is an error; otherwise lengths are as they come.
+    """
+
+    def __init__(
+        self,
+        host: str,
+        port: int,
+        path: str = "/v1/completions",
+        *,
+        tls: ssl.SSLContext | None = None,
+        headers: Mapping[str, str] | None = None,
+        exact: bool = True,
+    ):
+        self._address, self._tls, self._exact = (host, port), tls, exact
+        lines = {"host": f"{host}:{port}", "content-type": "application/json", **(headers or {})}
+        self._head = "\r\n".join([f"POST {path} HTTP/1.1", *(f"{k}: {v}" for k, v in lines.items()), ""]).encode()
         self._idle: list[Connection] = []
         self._open: set[Connection] = set()
         self.num_opened = 0
@@ -67,7 +104,7 @@ class Client:
             connection = await self._connection()
         except OSError as error:
             record.sent_s = record.ended_s = perf_counter()
-            record.error = f"cannot connect: {error.strerror}"
+            record.error = f"cannot connect: {error.strerror or error}"
             return record
         request = b"%scontent-length: %d\r\n\r\n%s" % (self._head, len(body), body)
         try:
@@ -102,10 +139,22 @@ class Client:
 
     async def _connect(self) -> "Connection":
         loop = asyncio.get_running_loop()
-        _, connection = await loop.create_connection(lambda: Connection(self._open.discard), *self._address)
+        made = loop.create_connection(
+            lambda: Connection(self._open.discard, self._exact), *self._address, ssl=self._tls
+        )
+        _, connection = await made
         self.num_opened += 1
         self._open.add(connection)
         return connection
+
+
+class _Usage(msgspec.Struct, frozen=True):
+    completion_tokens: int
+    prompt_tokens: int = 0
+
+
+class _Counted(msgspec.Struct, frozen=True):
+    usage: _Usage
 
 
 class _At(Enum):
@@ -119,8 +168,9 @@ class _At(Enum):
 class Connection(asyncio.Protocol):
     """One HTTP/1.1 connection, one request at a time. `lost` is called when it is closed."""
 
-    def __init__(self, lost: "Callable[[Connection], None]" = lambda connection: None) -> None:
+    def __init__(self, lost: "Callable[[Connection], None]" = lambda connection: None, exact: bool = True) -> None:
         self.reusable = True
+        self._exact = exact
         self._lost = lost
         self._transport: asyncio.Transport
         self._record = Record()
@@ -226,26 +276,37 @@ class Connection(asyncio.Protocol):
     # --- server-sent events --------------------------------------------------------------------------------------
 
     def _take(self, data: bytes, now: float) -> None:
-        *events, self._events = (self._events + data).split(b"\n\n")
+        *events, self._events = _EVENT_END.split(self._events + data)
         if self._status != 200:
+            self._events = self._events if not events else b"\n\n".join([*events, self._events])
             return
         record = self._record
         for event in events:
-            if b'"finish_reason":null' in event:
+            if _GOES_ON.search(event):
+                if not _ROLE_ALONE.search(event):  # a chat's first event says only who speaks
+                    record.times_s.append(now)
+            elif _USAGE.search(event):
+                self._count(event)
+            elif _TEXT.search(event):
                 record.times_s.append(now)
-            elif b'"usage":{' in event:
-                record.num_tokens = msgspec.json.decode(event[6:])["usage"]["completion_tokens"]
-            elif b'"text":"' in event and b'"text":""' not in event:
-                record.times_s.append(now)
-            elif event.startswith(b'data: {"error"'):
-                record.error = _why(event[6:])
+            elif event.lstrip().startswith(b'data: {"error"'):
+                record.error = _why(event.partition(b"data: ")[2])
+
+    def _count(self, event: bytes) -> None:
+        try:
+            usage = msgspec.json.decode(event.partition(b"data: ")[2], type=_Counted).usage
+        except msgspec.DecodeError as error:
+            raise ValueError(f"an event's usage: {error}") from None
+        self._record.num_tokens = usage.completion_tokens
+        self._record.num_prompt = usage.prompt_tokens or self._record.num_prompt
 
     def _end(self, now: float) -> None:
         record = self._record
         record.ended_s = now
+        record.num_tokens = record.num_tokens or len(record.times_s)  # a server that does not count
         if self._status != 200:
             record.error = f"{self._status}: {_why(self._events)}"
-        elif not record.error and record.num_tokens != record.max_tokens:
+        elif not record.error and self._exact and record.num_tokens != record.max_tokens:
             record.error = f"{record.num_tokens} of {record.max_tokens} tokens came"
         self._finish()
 

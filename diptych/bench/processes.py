@@ -1,7 +1,8 @@
 """CPU time of the processes of a benchmark, and of everybody else on the machine meanwhile (Linux, /proc).
 
 A figure is only worth keeping if those who were measured got the cores: `Usage.foreign` says what share of the machine
-others took, `Use.waited_s` how long a process was ready to run and did not. Not responsible for what they computed.
+others took, `Use.waited_s` how long a process was ready to run and did not. And what they hold: memory, files, threads
+(`footprint`). Not responsible for what they computed.
 """
 
 import os
@@ -89,6 +90,31 @@ def cpu_seconds(pid: int) -> float:
     # The second field is the program's name in parentheses, which may hold anything; the rest follows the last ")".
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / _TICKS
+
+
+class Footprint(msgspec.Struct, frozen=True):
+    """What a process holds at a moment. `anon_bytes` is its own memory, `shared_bytes` that of pools it maps."""
+
+    rss_bytes: int
+    pss_bytes: int
+    anon_bytes: int
+    shared_bytes: int
+    num_fds: int
+    num_threads: int
+
+
+def footprint(pid: int) -> Footprint:
+    """Read it from /proc. OSError where the process has ended."""
+    status = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines() if ":" in line)
+
+    def num_bytes(key: str) -> int:
+        return int(status[key].split()[0]) << 10
+
+    rollup = Path(f"/proc/{pid}/smaps_rollup").read_text()
+    pss_bytes = int(next(line for line in rollup.splitlines() if line.startswith("Pss:")).split()[1]) << 10
+    rss_bytes, anon_bytes, shared_bytes = map(num_bytes, ("VmRSS", "RssAnon", "RssShmem"))
+    num_fds = sum(1 for _ in Path(f"/proc/{pid}/fd").iterdir())
+    return Footprint(rss_bytes, pss_bytes, anon_bytes, shared_bytes, num_fds, int(status["Threads"]))
 
 
 def _waited(pid: int) -> float:

@@ -1,22 +1,25 @@
 """What the times of many requests come to: latencies, stalls, throughput, goodput; as JSON and as tables.
 
-TTFT: sent to first token. ITL: gap between two tokens of one answer as they came. Second: the gap between token 1 and
-token 2, where a handover shows. TPOT: an answer's mean gap. A quantile is shown only where there are samples for it:
-p95 and p99 from 1,000 on, below that p90 is the last. Not responsible for comparing servers (`rounds.py`).
+TTFT: from when the request should have been sent to its first token, so that a client that lags hides nothing. ITL:
+gap between two tokens of one answer as they came. Second: the gap between token 1 and token 2, where a handover shows.
+TPOT: an answer's mean gap. A quantile is shown only where there are samples for it: p95 from 200 on, p99 from 1,000.
+Not responsible for comparing servers (`rounds.py`).
 """
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
+from typing import Any
 
 import msgspec
 import numpy as np
+from rich.console import Group
 from rich.table import Table
 
 from diptych.bench.client import Record
 from diptych.bench.slo import Slo
 
-ENOUGH_FOR_P99 = 1000
+ENOUGH_FOR_P95, ENOUGH_FOR_P99 = 200, 1000  # ten samples lie beyond
 WORST_SHARE = 0.01
 
 
@@ -45,6 +48,7 @@ class Summary(msgspec.Struct, frozen=True):
     errors: dict[str, int]
     num_prompt_tokens: int
     num_tokens: int
+    num_short: int  # answers that ended before their length, where that is no error
     num_unseen: int  # tokens that made no event of their own: their gaps are hidden in the next one's
     span_s: float
     tokens_per_s: float
@@ -71,10 +75,9 @@ def latency(samples: Sequence[float]) -> Latency:
     if not samples:
         return Latency()
     p50, p90, p95, p99 = (float(q) for q in np.percentile(samples, (50, 90, 95, 99)))
-    enough = len(samples) >= ENOUGH_FOR_P99
-    return Latency(
-        len(samples), float(np.mean(samples)), p50, p90, p95 if enough else None, p99 if enough else None, max(samples)
-    )
+    num = len(samples)
+    tail = p95 if num >= ENOUGH_FOR_P95 else None, p99 if num >= ENOUGH_FOR_P99 else None
+    return Latency(num, float(np.mean(samples)), p50, p90, *tail, max(samples))
 
 
 def gaps(record: Record) -> list[float]:
@@ -83,8 +86,8 @@ def gaps(record: Record) -> list[float]:
 
 
 def ttft(record: Record) -> float:
-    """Sent to first token."""
-    return record.times_s[0] - record.sent_s
+    """From when it should have been sent to its first token."""
+    return record.times_s[0] - record.due_s
 
 
 def tpot(record: Record) -> float:
@@ -93,11 +96,16 @@ def tpot(record: Record) -> float:
     return (times[-1] - times[0]) / max(max(record.num_tokens, len(times)) - 1, 1)
 
 
+def e2e(record: Record) -> float:
+    """From when it should have been sent to its end."""
+    return record.ended_s - record.due_s
+
+
 def good(record: Record, slo: Slo) -> bool:
     """It finished, and inside the limits."""
     if record.error or not record.times_s:
         return False
-    return slo.met(ttft(record), tpot(record), max(gaps(record), default=0.0), record.ended_s - record.sent_s)
+    return slo.met(ttft(record), tpot(record), max(gaps(record), default=0.0), e2e(record))
 
 
 def summarize(records: Iterable[Record], slo: Slo | None = None) -> Summary:
@@ -120,6 +128,7 @@ def summarize(records: Iterable[Record], slo: Slo | None = None) -> Summary:
         errors=dict(Counter(record.error for record in records if record.error)),
         num_prompt_tokens=sum(record.num_prompt for record in records),
         num_tokens=num_tokens,
+        num_short=sum(record.num_tokens < record.max_tokens for record in ended),
         num_unseen=sum(record.num_unseen for record in ended),
         span_s=span_s,
         tokens_per_s=rate(num_tokens),
@@ -130,7 +139,7 @@ def summarize(records: Iterable[Record], slo: Slo | None = None) -> Summary:
         itl=latency(all_gaps),
         second=latency([gaps(record)[0] for record in begun if len(record.times_s) > 1]),
         tpot=latency([tpot(record) for record in ended if len(record.times_s) > 1]),
-        e2e=latency([record.ended_s - record.sent_s for record in ended]),
+        e2e=latency([e2e(record) for record in ended]),
         stall_s=max(all_gaps, default=None),
         worst_gaps_s=sum(worst) / len(worst) if worst else None,
         late_s=max((record.sent_s - record.due_s for record in records), default=None),
@@ -138,12 +147,32 @@ def summarize(records: Iterable[Record], slo: Slo | None = None) -> Summary:
 
 
 def by_kind(records: Iterable[Record], slo: Slo | None = None) -> dict[str, Summary]:
-    """A summary of each kind of request, in order of appearance, and of "all" of them."""
+    """A summary of each kind of request where there are several, in order of appearance, and of "all" of them."""
     kinds: dict[str, list[Record]] = {}
     records = list(records)
     for record in records:
         kinds.setdefault(record.kind, []).append(record)
+    if len(kinds) == 1:
+        kinds = {}
     return {kind: summarize(some, slo) for kind, some in (*kinds.items(), ("all", records))}
+
+
+def row(record: Record, start_s: float) -> dict[str, Any]:
+    """One request as a line of a file: its times in seconds, `due_s` and `sent_s` since `start_s`."""
+    seen = record.times_s
+    return {
+        "kind": record.kind,
+        "due_s": record.due_s - start_s,
+        "sent_s": record.sent_s - start_s,
+        "num_prompt": record.num_prompt,
+        "max_tokens": record.max_tokens,
+        "num_tokens": record.num_tokens,
+        "ttft_s": ttft(record) if seen else None,
+        "tpot_s": tpot(record) if len(seen) > 1 else None,
+        "e2e_s": e2e(record),
+        "itl_s": [round(gap, 6) for gap in gaps(record)],
+        "error": record.error,
+    }
 
 
 # --- tables ----------------------------------------------------------------------------------------------------
@@ -157,21 +186,32 @@ def ms(seconds: float | None) -> str:
     return f"{value:.2f}" if value < 10 else f"{value:.1f}" if value < 100 else f"{value:.0f}"
 
 
-def table(summaries: dict[str, Summary], title: str = "") -> Table:
-    """A table for people, in milliseconds."""
-    shown = Table("", *summaries, title=title, title_justify="left")
-    columns = list(summaries.values())
-    shown.add_row("requests, errors", *(f"{s.num}, {s.num_errors}" for s in columns))
-    for name in ("ttft", "second", "itl", "tpot", "e2e"):
-        shown.add_row(f"{name.upper()} ms: p50 … max", *(_spread(getattr(s, name)) for s in columns))
-    shown.add_row("longest stall, worst 1 % ms", *(f"{ms(s.stall_s)}, {ms(s.worst_gaps_s)}" for s in columns))
-    shown.add_row("answer tokens/s", *(f"{s.tokens_per_s:.0f}" for s in columns))
-    if any(s.slo for s in columns):
-        name = f"in SLO {columns[0].slo}"
-        shown.add_row(name, *(f"{s.num_good / max(s.num, 1):.1%}, {s.goodput_per_s:.2f}/s" for s in columns))
-    return shown
+def tables(summaries: dict[str, Summary], title: str = "") -> Group:
+    """For people: latencies in milliseconds, then what else there is to say."""
+    shown = Table("ms", *COLUMNS, "samples", title=title, title_justify="left")
+    for column in shown.columns[1:]:
+        column.justify = "right"
+    for kind, summary in summaries.items():
+        prefix = f"{kind}: " if len(summaries) > 1 else ""
+        for name in ("ttft", "second", "itl", "tpot", "e2e"):
+            found: Latency = getattr(summary, name)
+            cells = (ms(getattr(found, column)) for column in COLUMNS)
+            shown.add_row(f"{prefix}{NAMES[name]}", *cells, str(found.num), end_section=name == "e2e")
+    return Group(shown, *(line for kind, summary in summaries.items() for line in _lines(kind, summary)))
 
 
-def _spread(found: Latency) -> str:
-    named = {"p50": found.p50, "p90": found.p90, "p95": found.p95, "p99": found.p99, "max": found.max}
-    return "  ".join(f"{name} {ms(value)}" for name, value in named.items() if value is not None) or "-"
+def _lines(kind: str, summary: Summary) -> Iterator[str]:
+    """A summary in words."""
+    span = f"{summary.num} requests, {summary.num_errors} errors in {summary.span_s:.1f} s"
+    rates = f"{summary.requests_per_s:.2f} requests/s, {summary.tokens_per_s:.0f} answer tokens/s"
+    stalls = f"longest stall {ms(summary.stall_s)} ms, worst 1 % of gaps {ms(summary.worst_gaps_s)} ms"
+    yield f"{kind}: {span}; {rates}; {stalls}"
+    if summary.slo:
+        share = summary.num_good / max(summary.num, 1)
+        yield f"  in SLO {summary.slo}: {share:.1%}, goodput {summary.goodput_per_s:.2f} requests/s"
+    if summary.num_short:
+        yield f"  {summary.num_short} answers ended before the length that was asked for"
+
+
+COLUMNS = ("mean", "p50", "p90", "p95", "p99", "max")
+NAMES = {"ttft": "TTFT", "second": "token 1 to 2", "itl": "ITL", "tpot": "TPOT", "e2e": "e2e"}

@@ -10,9 +10,7 @@ from diptych.policy.messages import Role
 from diptych.policy.router import RouterSpec
 from diptych.sim.costs import Costs, Link
 from diptych.sim.driver import Observer, SimResult, simulate
-from diptych.sim.workload import Arrival, Lengths, Workload, first, poisson
-
-_PROMPT, _OUTPUT = Lengths(512), Lengths(128)
+from diptych.sim.workload import Arrival
 
 
 def make_cluster(
@@ -42,22 +40,14 @@ def run_simulation(
     router: RouterSpec | None = None,
     costs: Costs | None = None,
     link: Link | None = None,
-    arrivals: Iterable[Arrival] | None = None,
-    rate: float = 1.0,
-    prompt: Lengths = _PROMPT,
-    output: Lengths = _OUTPUT,
-    requests: int = 1000,
-    seed: int = 0,
+    arrivals: Iterable[Arrival],
     observer: Observer | None = None,
 ) -> SimResult:
-    """Simulate `arrivals`, or `requests` Poisson arrivals at `rate` per second with those lengths.
+    """Simulate `arrivals`.
 
     Raises ValueError for a cluster that can serve nothing (no mixed worker and no pair).
     """
     roles = {spec.role for spec in cluster}
     if Role.MIXED not in roles and not {Role.PREFILL, Role.DECODE} <= roles:
         raise ValueError("a cluster needs a mixed worker, or a prefill and a decode worker")
-    if arrivals is None:
-        workload = Workload(rate, prompt, output, block_size=cluster[0].block_size)
-        arrivals = first(poisson(workload, seed), requests)
     return simulate(cluster, router or RouterSpec(), costs or Costs(), link or Link(), arrivals, observer=observer)

@@ -1,9 +1,9 @@
 """Who asks for what, and when: synthetic arrivals.
 
 An `Arrival` carries the true output length for the driver (the oracle); policies never see it. Lengths come from
-`Lengths`, times from a Poisson process, prefixes from groups (a shared system prompt) or conversations (turns that
-repeat all that was said). A recorded trace becomes a workload by yielding `Arrival`s: `simulate` takes any iterable
-in order of time.
+`Lengths`, times from a renewal process (Poisson, burstier, or regular), prefixes from groups (a shared system prompt)
+or conversations (turns that repeat all that was said). A recorded trace is a workload too (`trace.py`): `simulate`
+takes any iterable in order of time.
 
 Not responsible for text: a block's content is named by `block_hash(stem, index)`.
 """
@@ -12,9 +12,11 @@ import heapq
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import count, islice
-from math import exp, log
+from math import exp, inf, log
 from random import Random
 from typing import Literal
+
+from diptych.errors import ConfigError
 
 
 def block_hash(stem: int, index: int) -> bytes:
@@ -26,7 +28,8 @@ def block_hash(stem: int, index: int) -> bytes:
 class Arrival:
     """One request. `output_len` is the truth about its answer; `stem` names the text its answer continues.
 
-    With `max_new` 0 it writes nothing: an embedding or a score.
+    With `max_new` 0 it writes nothing: an embedding or a score. `kind` says which part of a mixed load
+    it is, for reports.
     """
 
     time_s: float
@@ -36,6 +39,7 @@ class Arrival:
     hashes: tuple[bytes, ...] = ()
     priority: int = 0
     stem: int = 0
+    kind: str = "chat"
 
     def __post_init__(self) -> None:
         if self.num_prompt < 1 or not min(1, self.max_new) <= self.output_len <= self.max_new:
@@ -60,6 +64,16 @@ class Lengths:
     spread: float = 0.5
     limit: int = 1 << 20
 
+    def __str__(self) -> str:
+        """As `parse_lengths` reads it."""
+        match self.kind:
+            case "fixed":
+                return f"{self.mean:g}"
+            case "uniform":
+                return f"{round(self.mean * (1 - self.spread))}-{round(self.mean * (1 + self.spread))}"
+            case _:
+                return f"~{self.mean:g}"
+
     def draw(self, random: Random) -> int:
         """One length, at least 1."""
         match self.kind:
@@ -72,9 +86,27 @@ class Lengths:
         return min(max(round(value), 1), self.limit)
 
 
+def parse_lengths(text: str) -> Lengths:
+    """`512`: all alike; `64-200`: uniform, bounds included; `~512`: lognormal with that mean. ConfigError otherwise."""
+    kind, numbers = ("lognormal", [text[1:]]) if text.startswith("~") else ("uniform", text.split("-"))
+    if len(numbers) > 2 or not all(part.isdigit() and int(part) for part in numbers):
+        raise ConfigError(f"{text!r}: lengths are tokens, like 512, 64-200 or ~512")
+    low, high = int(numbers[0]), int(numbers[-1])
+    if low > high:
+        raise ConfigError(f"{text!r}: the smaller length comes first")
+    if kind == "lognormal":
+        return Lengths(low, "lognormal")
+    # Half a token beyond each bound, so that rounding gives the bounds as often as what lies between them.
+    mean = (low + high) / 2
+    return Lengths(low) if low == high else Lengths(mean, "uniform", (high - low + 0.998) / 2 / mean)
+
+
 @dataclass(frozen=True, slots=True)
 class Workload:
     """Independent requests at `rate` per second.
+
+    burstiness: the shape of the gamma distribution of the gaps, as in vLLM's benchmark: 1 is a Poisson process, less is
+    burstier, `inf` is one request every 1 / rate seconds.
 
     shared_prompt tokens of each prompt are the same within each of `groups` groups. With turns > 1 a client comes
     back `think_s` after each arrival (mean) with all that was said before and a new prompt. max_new: what clients
@@ -92,9 +124,19 @@ class Workload:
     block_size: int = 16
     priority: int = 0
     start_s: float = 0.0
+    burstiness: float = 1.0
+    kind: str = "chat"
+
+    def gap(self, random: Random) -> float:
+        """Seconds to the next arrival."""
+        if self.burstiness == 1:
+            return random.expovariate(self.rate)
+        if self.burstiness == inf:
+            return 1 / self.rate
+        return random.gammavariate(self.burstiness, 1 / (self.rate * self.burstiness))
 
 
-def poisson(workload: Workload, seed: int) -> Iterator[Arrival]:
+def generate(workload: Workload, seed: int) -> Iterator[Arrival]:
     """Endless arrivals of a workload in order of time; the same for the same seed."""
     random = Random(seed)
     now = workload.start_s
@@ -102,7 +144,7 @@ def poisson(workload: Workload, seed: int) -> Iterator[Arrival]:
     later: list[tuple[float, int, Arrival]] = []  # further turns of conversations under way
     ticket = count()
     while True:
-        now += random.expovariate(workload.rate)
+        now += workload.gap(random)
         stem += workload.turns
         for turn in _conversation(workload, random, now, stem):
             heapq.heappush(later, (turn.time_s, next(ticket), turn))
@@ -123,7 +165,7 @@ def _conversation(workload: Workload, random: Random, start_s: float, stem: int)
         blocks = num_prompt // workload.block_size
         common = tuple(block_hash(group, i) for i in range(min(shared, blocks)))
         own = tuple(block_hash(stem, i) for i in range(len(common), blocks))
-        yield Arrival(when, num_prompt, max_new, output, common + own, workload.priority, stem)
+        yield Arrival(when, num_prompt, max_new, output, common + own, workload.priority, stem, workload.kind)
         said = num_prompt + output
         when += random.expovariate(1 / workload.think_s)
 
@@ -131,20 +173,6 @@ def _conversation(workload: Workload, random: Random, start_s: float, stem: int)
 def merge(*streams: Iterable[Arrival]) -> Iterator[Arrival]:
     """Several workloads at once, in order of time."""
     return heapq.merge(*streams, key=lambda arrival: arrival.time_s)
-
-
-def mixed_load(rate: float, seed: int, long_prompt: int = 8192, every_s: float = 5.0) -> Iterator[Arrival]:
-    """Short chats, and a long prompt every few seconds: where chunking and disaggregation show."""
-    chats = Workload(rate, Lengths(256, "lognormal", 0.6, 2048), Lengths(128, "lognormal", 0.6, 1024))
-    return merge(poisson(chats, seed), _periodic(long_prompt, every_s, chats.block_size))
-
-
-def _periodic(num_prompt: int, every_s: float, block_size: int) -> Iterator[Arrival]:
-    stem = 1 << 62
-    while True:
-        stem += 1
-        hashes = tuple(block_hash(stem, i) for i in range(num_prompt // block_size))
-        yield Arrival((stem - (1 << 62)) * every_s, num_prompt, 32, 32, hashes, 0, stem)
 
 
 def first(arrivals: Iterable[Arrival], num: int) -> list[Arrival]:

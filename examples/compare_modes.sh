@@ -1,0 +1,4 @@
+#!/bin/sh
+# Unified, chunked and disaggregated on this machine's cores with the bundled model, with a chart; four minutes.
+# Run: sh examples/compare_modes.sh [further flags of diptych compare]
+exec diptych compare --rate 14 --chunk 128 --out results/modes.json --chart results/modes.png "$@"
