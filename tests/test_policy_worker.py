@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from diptych.policy.batching import WorkerSpec
+from diptych.policy.membership import Drain, Drained
 from diptych.policy.messages import (
     Answer,
     Beat,
@@ -295,6 +296,15 @@ def test_a_lost_reader_frees_everything_meant_for_it() -> None:
     assert finish_of(stage.hears(PeerLost("d"))) == [(1, Reason.PEER_LOST), (2, Reason.PEER_LOST)]
     stage.run_until_idle()
     assert stage.counts == {"free": 16} and not stage.worker.seqs
+
+
+def test_who_drains_says_so_when_nobody_needs_what_is_here_any_more() -> None:
+    stage = prefill_stage(chunk=8)
+    place_prefill(stage, 1)
+    assert stage.hears(Drain("w", 0.0)) == []
+    assert "Drained" not in kinds(stage.run_until_idle()), "its KV is offered"
+    assert kinds(stage.hears(Done("d", 1))) == ["Answer", "Finish", "Drained"]
+    assert Stage().hears(Drain("w", 0.0)) == [Drained("w")]
 
 
 def test_who_asks_for_what_is_not_here_hears_so() -> None:

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import NamedTuple
 
+from diptych.policy.membership import Dismiss, Drain, Drained, LinkDown, LinkUp
+
 MAX_ATTEMPTS = 64
 
 
@@ -351,11 +353,13 @@ class Tick:
     """The time an object asked for with `next_deadline()` has come."""
 
 
-RouterEvent = Submitted | Cancelled | WorkerUp | WorkerLost | Progress | Failed | Finish | Tick
-RouterOrder = Place | Cancel | Reject
+Membership = LinkDown | LinkUp | Drain | Drained
+RouterEvent = Submitted | Cancelled | WorkerUp | WorkerLost | Progress | Failed | Finish | Tick | Membership
+RouterOrder = Place | Cancel | Reject | Drain | Dismiss
 WorkerEvent = (
     Place
     | Cancel
+    | Drain
     | StepDone
     | Offer
     | Publish
@@ -370,5 +374,5 @@ WorkerEvent = (
     | Settled
     | Tick
 )
-WorkerOrder = Run | Offer | Publish | Done | Answer | Revoke | Drop | Beat | Pull | CancelPull | Emit | Finish
+WorkerOrder = Run | Offer | Publish | Done | Answer | Revoke | Drop | Beat | Pull | CancelPull | Emit | Finish | Drained
 Message = RouterEvent | RouterOrder | WorkerEvent | WorkerOrder

@@ -5,7 +5,8 @@ chosen policy (round robin, least loaded, prefix-aware), and the lowest score wi
 exist, `disaggregates` decides per request.
 
 A request whose worker is lost, or whose pair breaks, is placed anew with the tokens its client already has counted as
-known. Load is the router's own book-keeping of what it placed, so that nothing has to be reported per step.
+known, on another pair if there is one. Pairs without a connection (`links.py`) and workers that drain (`drains.py`) get
+nothing. Load is the router's own book-keeping of what it placed, so that nothing has to be reported per step.
 
 Not responsible for queues on workers, for moving KV, or for knowing any text.
 """
@@ -13,9 +14,13 @@ Not responsible for queues on workers, for moving KV, or for knowing any text.
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Literal
 
+from diptych.policy.drains import Drains
 from diptych.policy.ladder import REQUEST, Ladder, Rung
+from diptych.policy.links import Links
+from diptych.policy.membership import Dismiss, Drain, Drained, LinkDown, LinkUp
 from diptych.policy.messages import (
     MAX_ATTEMPTS,
     Cancel,
@@ -100,6 +105,7 @@ class RequestView:
     decode: str = ""  # the worker that writes the answer
     uncached: int = 0  # prompt tokens charged to the prefilling worker until the first token
     charged: str = ""  # that worker
+    failed: set[tuple[str, str]] = field(default_factory=set)  # pairs that gave it up; another one is preferred
 
     @property
     def rid(self) -> int:
@@ -107,6 +113,7 @@ class RequestView:
         return attempt_id(self.submitted.request, self.attempt)
 
 
+Pair = tuple[WorkerView, WorkerView]
 Score = Callable[[WorkerView, RequestView], tuple[float, ...]]
 
 
@@ -145,6 +152,8 @@ class Router:
         self.workers: dict[str, WorkerView] = {}
         self.requests: dict[int, RequestView] = {}
         self.num: dict[str, int] = dict.fromkeys(("submitted", "finished", "rejected", "cancelled", "failed"), 0)
+        self.links = Links()
+        self.drains = Drains()
         self._clock = 0  # counts placements, for ages and for turns
         self._orders: list[RouterOrder] = []
 
@@ -165,19 +174,32 @@ class Router:
                 self.workers[event.worker] = WorkerView(event.worker, event.role, event.num_blocks, event.block_size)
             case WorkerLost():
                 self._worker_lost(now, event)
+            case LinkDown(worker=worker, peer=peer):
+                self.links.down(worker, peer)
+            case LinkUp(worker=worker, peer=peer):
+                self.links.up(worker, peer)
+            case Drain(worker=worker) if worker in self.workers:
+                self.drains.begin(worker, now + event.timeout_s)
+            case Drained(worker=worker) if worker in self.drains:
+                self._orders.append(Dismiss(worker))
             case Tick():
-                pass
+                self._orders += self.drains.expire(now)
+        self._orders += self.drains.proceed(lambda worker: self.workers[worker].num_requests == 0)
         orders, self._orders = self._orders, []
         return orders
 
     def next_deadline(self) -> float | None:
-        """The router waits for nothing but events."""
-        return None
+        """When a worker that drains has had its time."""
+        return self.drains.next_deadline()
 
     def num_paths(self) -> int:
-        """Ways a request can go: mixed workers, and pairs of a prefill and a decode worker."""
-        count = {role: sum(view.role == role for view in self.workers.values()) for role in Role}
-        return count[Role.MIXED] + count[Role.PREFILL] * count[Role.DECODE]
+        """Ways a new request can go: mixed workers, and connected pairs of a prefill and a decode worker."""
+        prefills, decodes = self._able(Role.PREFILL), self._able(Role.DECODE)
+        return len(self._able(Role.MIXED)) + sum(self.links.stand(p.name, d.name) for p in prefills for d in decodes)
+
+    def needs(self, worker: str) -> bool:
+        """No other worker of its kind would take new requests if this one did not."""
+        return not any(view.name != worker for view in self._able(self.workers[worker].role))
 
     # --- coming in -----------------------------------------------------------------------------------------------
 
@@ -195,13 +217,13 @@ class Router:
         """Choose a mixed worker or a pair, and tell them."""
         wanted = request.submitted
         need = wanted.num_prompt + wanted.max_new
-        mixed = self._pick(request, Role.MIXED, need)
-        decode = self._pick(request, Role.DECODE, need)
-        prefill = self._pick(request, Role.PREFILL, num_tokens) if decode else None
-        if mixed and (not prefill or not self._disaggregates(request, mixed)):
+        mixed = self._pick(request, self._able(Role.MIXED, need))
+        pair = self._pick_pair(request, self._able(Role.PREFILL, num_tokens), self._able(Role.DECODE, need))
+        if mixed and (not pair or not self._disaggregates(request, mixed)):
             self._send(request, num_tokens, mixed, Role.MIXED, None)
             self._charge(request, mixed, mixed, num_tokens)
-        elif prefill and decode:
+        elif pair:
+            prefill, decode = pair
             self._send(request, num_tokens, decode, Role.DECODE, prefill)
             self._send(request, num_tokens, prefill, Role.PREFILL, decode)
             self._charge(request, prefill, decode, num_tokens)
@@ -213,9 +235,19 @@ class Router:
         else:
             self._reject(now, request, 503, "no worker is up; try again later")
 
-    def _pick(self, request: RequestView, role: Role, num_tokens: int) -> WorkerView | None:
+    def _able(self, role: Role, num_tokens: int = 0) -> list[WorkerView]:
+        """Who may be given a request of that size."""
         able = [view for view in self.workers.values() if view.role == role and view.fits(num_tokens)]
+        return [view for view in able if view.name not in self.drains] if self.drains else able
+
+    def _pick(self, request: RequestView, able: list[WorkerView]) -> WorkerView | None:
         return min(able, key=lambda view: SCORES[self.spec.policy](view, request), default=None)
+
+    def _pick_pair(self, request: RequestView, prefills: list[WorkerView], decodes: list[WorkerView]) -> Pair | None:
+        """The best decode worker that has a prefill worker for it, and the best of those; an untried pair if any."""
+        pick = partial(self._pick, request)
+        untried = self.links.best(prefills, decodes, pick, request.failed)
+        return untried or (self.links.best(prefills, decodes, pick) if request.failed else None)
 
     def _disaggregates(self, request: RequestView, mixed: WorkerView) -> bool:
         """Is a pair worth its handover for this request? Only if there is enough prompt to compute."""
@@ -286,11 +318,14 @@ class Router:
     def _failed(self, now: float, event: Failed) -> None:
         request = self._present(event.rid)
         if request is not None:
+            request.failed.add((request.prefill, request.decode))
             self._again(now, request, event.num_emitted, f"{event.worker} gave it up: {event.reason}")
 
     def _worker_lost(self, now: float, event: WorkerLost) -> None:
         """Everything that was decoding there, or not yet past its first token there, is placed anew."""
         self.workers.pop(event.worker, None)
+        self.links.forget(event.worker)
+        self.drains.forget(event.worker)
         emitted = dict(event.emitted)
         for request in list(self.requests.values()):
             mine = request.decode == event.worker

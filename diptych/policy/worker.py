@@ -13,6 +13,7 @@ Not responsible for computing, moving bytes, waiting or reading a clock.
 from diptych.policy.batching import WorkerSpec, compose, fast_forward, repeats
 from diptych.policy.blocks import BlockPool
 from diptych.policy.ladder import Rung
+from diptych.policy.membership import Drain, Drained
 from diptych.policy.memory import Memory
 from diptych.policy.messages import (
     Answer,
@@ -57,6 +58,7 @@ class Worker:
         self.seqs: dict[int, Sequence] = {}  # everything placed here that has not ended, or is still in a step
         self._steps: dict[int, tuple[Slice, ...]] = {}
         self._next_step = 0
+        self._leaving = False  # asked to say when nothing is left here; nothing more is placed
         self._orders: list[WorkerOrder] = []
         self.memory = Memory(spec, self.pool, self.source, self.sink, self.times, self._steps, self._orders)
         self.claims = self.memory.claims
@@ -95,8 +97,13 @@ class Worker:
                 pass  # memory is given to KV that exists, so a promise alone changes nothing here
             case Tick():
                 self._tick(now)
+            case Drain():
+                self._leaving = True
         while self._proceed(now):
             pass
+        if self._leaving and self._empty():
+            self._leaving = False
+            self._orders.append(Drained(self.spec.name))
         orders = self._orders.copy()
         self._orders.clear()
         return orders
@@ -124,6 +131,10 @@ class Worker:
     def num_preempted(self) -> int:
         """How often a running sequence lost its memory to an older one."""
         return self.memory.num_preempted
+
+    def _empty(self) -> bool:
+        """Nothing is computed, read or kept here for anybody. What a peer said too early will not be claimed."""
+        return not (self.seqs or self._steps) and self.source.is_empty() and self.sink.is_empty()
 
     def idle_reason(self) -> str:
         """Why no step is being computed: "" while one is, "no work", or what is waited for."""

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from diptych.engine.executor import Result, Sampling, Score
 from diptych.journal import Journal
 from diptych.policy.hashes import chain
+from diptych.policy.membership import Drained
 from diptych.policy.messages import (
     Answer,
     Beat,
@@ -65,7 +66,7 @@ class Ports(Protocol):
     def tell(self, peer: str, message: ToPeer, attachment: bytes) -> None:
         """Send to a peer."""
 
-    def report(self, message: Emit | Finish, attachment: bytes) -> None:
+    def report(self, message: Emit | Finish | Drained, attachment: bytes) -> None:
         """Send to the router."""
 
     def checksum(self, blocks: NDArray[np.int32]) -> NDArray[np.uint64]:
@@ -99,6 +100,7 @@ class WorkerDriver:
     def __init__(self, policy: Worker, ports: Ports, clock: Callable[[], float], journal: Journal | None):
         self.policy = policy
         self.num_steps = 0
+        self._last_step: float | None = None  # when one was last done
         self.num_kv_bytes = self.num_transfers = self.num_failed = 0
         self.kv_seconds = 0.0
         self._ports = ports
@@ -127,6 +129,7 @@ class WorkerDriver:
         """The executor is done with a step."""
         run = self._steps.pop(step)
         self.num_steps += 1
+        self._last_step = self._clock()
         self._keep_scores(result)
         for rid, token, _ in result.tokens:
             if rid in self._held:
@@ -174,6 +177,8 @@ class WorkerDriver:
                 self._ports.pull(order, plan)
             case CancelPull(pull=pull):
                 self._ports.cancel_pull(pull)
+            case Drained():
+                self._ports.report(order, b"")
             case _:
                 self._tell(order, b"")
 
@@ -259,6 +264,7 @@ class WorkerDriver:
             "idle": policy.idle_reason(),
             "preempted": policy.num_preempted,
             "steps": self.num_steps,
+            "last_step_s": None if self._last_step is None else round(self._clock() - self._last_step, 3),
             "blocks": policy.pool.counts(),
             "balanced": policy.pool.balanced(),
             "journal_lost": self._journal.num_lost if self._journal is not None else 0,
