@@ -41,8 +41,8 @@ class RouterFrontend:
 
     async def connect(self, orders: process.Orders) -> None:
         """Call the router; it may still be starting."""
-        hello = Hello("api", orders.name, orders.incarnation, orders.key)
-        self._channel = await call(orders.router, hello, self._meet)
+        hello = Hello("api", orders.name, orders.incarnation)
+        self._channel = await call(orders.router, orders.key, hello, self._meet)
 
     def close(self) -> None:
         """Hang up; what is open is cancelled by the router."""
