@@ -31,7 +31,7 @@ from diptych import __version__
 from diptych.errors import BadRequest, DiptychError, Overloaded, TooLarge, Unavailable
 from diptych.serve import openai
 from diptych.serve.exchange import Exchange, Order
-from diptych.serve.frontend import Frontend, Job, ModelCard
+from diptych.serve.frontend import DrainCall, Frontend, Job, ModelCard
 from diptych.serve.guard import Guard
 from diptych.serve.metrics import CONTENT_TYPE, Metrics
 from diptych.serve.schema import document
@@ -44,6 +44,7 @@ T = TypeVar("T")
 
 # Encoding this many characters takes about 2 ms; more of it goes to a thread (tokenizers lets go of the GIL).
 _LONG_TEXT = 8192
+_DRAIN = msgspec.json.Decoder(DrainCall)
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,6 +195,12 @@ class Api:
         """`GET /workers`."""
         return _json({"workers": await self._ask(self.frontend.workers())})
 
+    async def drain(self, request: Request) -> Response:
+        """`POST /workers/{id}/drain`: 202; 404 for a worker nobody knows, 409 for one that is needed."""
+        call = openai.decoded(_DRAIN, await _read_body(request, self.settings.max_body_bytes) or b"{}")
+        made = self.frontend.drain(request.path_params["id"], call.timeout_s, call.force)
+        return _json(await self._ask(made), 202)
+
     async def expose_metrics(self, request: Request) -> Response:
         """`GET /metrics`; without the workers' numbers where the router does not answer."""
         rows: list[dict[str, Any]] = []
@@ -232,6 +239,7 @@ def make_app(frontend: Frontend, text: Text, card: ModelCard, settings: Settings
         Route("/v1/models/{name:path}", api.model),
         Route("/health", api.health),
         Route("/workers", api.workers),
+        Route("/workers/{id}/drain", api.drain, methods=["POST"]),
         Route("/metrics", api.expose_metrics),
         Route("/version", api.version),
         Route("/openapi.json", api.openapi),

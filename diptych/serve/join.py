@@ -22,6 +22,7 @@ from diptych.config import Cluster, guest_of
 from diptych.errors import ConfigError, PeerLost, ProtocolError
 from diptych.journal import refuse_used
 from diptych.policy.messages import Role
+from diptych.serve.build import differences, facts_of
 from diptych.serve.channel import Channel, call, split_host
 from diptych.serve.process import Orders, settings_of, until_told
 from diptych.serve.wire import Hello, Refuse, Terms
@@ -49,8 +50,10 @@ def join(
         split_host(address.removeprefix("tcp:"))
     name = name or make_name(role)
     on_event(f"{name}: asking the router at {address} what is served there ...")
-    terms, here = uvloop.run(_ask(address, key, name))
+    terms, facts, here = uvloop.run(_ask(address, key, name))
     cluster = guest_of(terms, name, role, flags or {})
+    if why := differences(facts, facts_of(cluster, cluster.workers[0])):
+        raise ConfigError(f"{name} cannot join: {why}")
     if cluster.journal:
         refuse_used(Path(cluster.journal))
     os.environ.update(settings_of(cluster.workers[0].cores))
@@ -73,14 +76,14 @@ async def _work(orders: Orders, parts: Any, on_event: Callable[[str], None]) -> 
     return await until_told(WorkerProcess(orders, parts, on_event).main(), fragile=True)
 
 
-async def _ask(address: str, key: str, name: str) -> tuple[Cluster, str]:
-    """What is served there, and the host part of our end of the connection."""
-    answered: asyncio.Future[Cluster] = asyncio.get_running_loop().create_future()
+async def _ask(address: str, key: str, name: str) -> tuple[Cluster, tuple[tuple[str, str], ...], str]:
+    """What is served there, what must be the same here, and the host part of our end of the connection."""
+    answered: asyncio.Future[tuple[Cluster, tuple[tuple[str, str], ...]]] = asyncio.get_running_loop().create_future()
 
     def heard(message: Any, attachment: memoryview) -> None:
         match message:
-            case Terms():
-                answered.set_result(_read_terms(attachment))
+            case Terms(facts=facts):
+                answered.set_result((_read_terms(attachment), facts))
             case Refuse(why=why):
                 answered.set_exception(ConfigError(why))
             case _:
@@ -93,7 +96,7 @@ async def _ask(address: str, key: str, name: str) -> tuple[Cluster, str]:
     channel = await call(address, key, Hello("join", name, 0), met, ASK_S)
     here = channel.here
     try:
-        return await asyncio.wait_for(answered, ASK_S), here
+        return (*await asyncio.wait_for(answered, ASK_S), here)
     except TimeoutError:
         raise PeerLost(f"{address} did not say within {ASK_S:g} s what is served there") from None
     finally:

@@ -1,7 +1,8 @@
 """A worker's connections to all the others: made when they join, made again when they break, and what the router hears.
 
 The newer of two workers calls the older, and calls again, later each time, for as long as the router has not said
-that the other is gone. Each side sends its card, connects to the other's blocks and says Ready. Not responsible for what is said over it (`worker.py`) nor for moving blocks (`transfer/`).
+that the other is gone. Each side sends its card, connects to the other's blocks and says Ready. Not responsible for
+what is said over a connection (`worker.py`) nor for moving blocks (`transfer/`).
 """
 
 import asyncio

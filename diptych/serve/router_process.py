@@ -92,6 +92,7 @@ class RouterProcess:
         )
         self._clock = Clock()
         self._driver = RouterDriver(Router(cluster.router), self, self._clock, self._journal)
+        self._facts = facts_of(cluster, (*cluster.workers, cluster.guest)[0])
         self._workers: dict[str, Joined] = {}
         self._reports: dict[int, Callable[[bytes], None]] = {}
         self._numbers = itertools.count(1)
@@ -136,7 +137,7 @@ class RouterProcess:
         terms = msgspec.structs.replace(
             self._orders.cluster, workers=(), api_key=None, cluster_key=None, journal=None, listen=None, address=None
         )
-        channel.say(Terms(), msgspec.json.encode(terms))
+        channel.say(Terms(self._facts), msgspec.json.encode(terms))
 
     # --- workers -------------------------------------------------------------------------------------------------
 
@@ -205,8 +206,7 @@ class RouterProcess:
         """Why a worker cannot be part of this cluster, or ""."""
         if card.worker != channel.name or card.role not in list(Role) or card.num_blocks < 1:
             return "its card makes no sense"
-        cluster = self._orders.cluster
-        return differences(facts_of(cluster, (*cluster.workers, cluster.guest)[0]), card.facts)
+        return differences(self._facts, card.facts)
 
     def _ready(self, channel: Channel) -> None:
         joined = self._workers.get(channel.name)

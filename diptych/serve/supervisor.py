@@ -188,7 +188,7 @@ class Supervisor:
                 continue
             if child.process is None or child.process.poll() is None:
                 continue
-            if child.process.returncode == 0 and child.up.exists() and restart:
+            if child.process.returncode == 0 and restart and child.name not in ("router", "api"):
                 self.on_event(f"{child.name} was drained and has left")
                 child.process = None
                 continue

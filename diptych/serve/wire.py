@@ -44,7 +44,12 @@ class Welcome:
 
 @dataclass(frozen=True, slots=True)
 class Terms:
-    """The router to whoever would join: what is served, and how (the attachment: JSON of a `Cluster`)."""
+    """The router to whoever would join: what all workers must have in common, and how they are set up here.
+
+    The attachment is the JSON of a `Cluster`.
+    """
+
+    facts: tuple[tuple[str, str], ...]
 
 
 @dataclass(frozen=True, slots=True)
