@@ -101,7 +101,7 @@ class Worker:
                 self._leaving = True
         while self._proceed(now):
             pass
-        if self._leaving and self._empty():
+        if self._leaving and not (self.seqs or self._steps) and self.source.is_empty() and self.sink.is_empty():
             self._leaving = False
             self._orders.append(Drained(self.spec.name))
         orders = self._orders.copy()
@@ -132,17 +132,9 @@ class Worker:
         """How often a running sequence lost its memory to an older one."""
         return self.memory.num_preempted
 
-    def _empty(self) -> bool:
-        """Nothing is computed, read or kept here for anybody. What a peer said too early will not be claimed."""
-        return not (self.seqs or self._steps) and self.source.is_empty() and self.sink.is_empty()
-
     def idle_reason(self) -> str:
         """Why no step is being computed: "" while one is, "no work", or what is waited for."""
-        if self._steps:
-            return ""
-        if self.claims:
-            return "memory"
-        return "a peer" if self.seqs else "no work"
+        return "" if self._steps else "memory" if self.claims else "a peer" if self.seqs else "no work"
 
     # --- coming in -----------------------------------------------------------------------------------------------
 
@@ -326,8 +318,7 @@ class Worker:
     def _tick(self, now: float) -> None:
         for seq in self.source.expire(now):
             self._unfence(now, seq, Reason.EXPIRED)
-        self._orders += self.sink.beat(now)
-        self._orders += self.sink.decline(now)
+        self._orders += [*self.sink.beat(now), *self.sink.decline(now)]
 
     def _cancel(self, now: float, rid: int) -> None:
         self.sink.ignore(rid)

@@ -99,7 +99,7 @@ class Peers:
 
     # --- calling -------------------------------------------------------------------------------------------------
 
-    async def _call(self, peer: str, address: str) -> None:
+    async def _call(self, peer: str, address: str, level: int = logging.WARNING) -> None:
         ready: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         channel: Channel | None = None
         try:
@@ -109,7 +109,7 @@ class Peers:
             await asyncio.wait_for(ready, JOIN_S)
         except (TransferError, TimeoutError) as error:
             why = str(error) or "it did not get ready in time"
-            log.warning("peer %s at %s: %s", peer, address, why)
+            log.log(level, "peer %s: %s", peer, why)
             if channel is not None:
                 channel.close(why)
 
@@ -119,7 +119,7 @@ class Peers:
             await asyncio.sleep(wait_s)
             if peer in self._links or self._called.get(peer) != address:
                 return
-            await self._call(peer, address)
+            await self._call(peer, address, logging.DEBUG)  # that it is out of reach was said when it began
             wait_s = min(2 * wait_s, LONGEST_WAIT_S)
 
     # --- meeting -------------------------------------------------------------------------------------------------
@@ -181,6 +181,7 @@ class Peers:
         if link is None:
             return
         del self._links[link.name]
+        log.info("peer %s is out of reach: %s", link.name, why)
         channel.close(why)
         self._spawn(link.source.close())
         self._down.add(link.name)
