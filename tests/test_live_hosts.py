@@ -114,6 +114,8 @@ class Field:
         for process in reversed(self.processes):
             process.terminate()
         for process in self.processes:
+            if process.stdin is not None:
+                process.stdin.close()
             try:
                 process.wait(15)
             except subprocess.TimeoutExpired:
@@ -141,13 +143,13 @@ def field(tmp_path: Path) -> Iterator[Field]:
 
 def join_and_drain_under_load(field: Field, topology: str, concurrency: int, vocab: int, max_new: int) -> Any:
     """Load throughout: one decode worker, then two, then only the second. Returns the answers."""
-    field.serve(topology)
+    field.serve(topology, "--transport", "tcp")
     first = field.join(field.others[0], "first")
     field.load(concurrency, vocab, max_new)
     field.until(lambda: len(field.answers()) >= concurrency)
     field.join(field.others[1], "second")
     field.until(lambda: field.rows()["second"]["steps"] > max_new)
-    assert field.rows()["first"]["running"] > 0, "it would drain at once"
+    field.until(lambda: field.rows()["first"]["running"] > 0)
     drained = field.call("/workers/first/drain", "{}")
     assert drained["state"] == "draining"
     assert first.wait(60) == 0, field.log("first").read_text()

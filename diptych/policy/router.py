@@ -184,7 +184,8 @@ class Router:
                 self._orders.append(Dismiss(worker))
             case Tick():
                 self._orders += self.drains.expire(now)
-        self._orders += self.drains.proceed(lambda worker: self.workers[worker].num_requests == 0)
+        if self.drains:
+            self._orders += self.drains.proceed(lambda worker: self.workers[worker].num_requests == 0)
         orders, self._orders = self._orders, []
         return orders
 

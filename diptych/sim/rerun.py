@@ -5,8 +5,8 @@ other event is made by the simulator's own driver out of what the objects order.
 long each step, read and message took. If both drivers do the same with the same orders, every object decides the same;
 so this shows that the simulator is the server, but for its costs.
 
-Not for runs in which workers died, left or lost sight of each other, or in which timers fired. Not responsible for
-reading journals (`journal.py`).
+Not for runs in which workers died, joined, left or lost sight of each other, or in which timers fired. Not
+responsible for reading journals (`journal.py`).
 """
 
 import contextlib
