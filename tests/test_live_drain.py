@@ -68,6 +68,9 @@ def test_streams_do_not_notice_who_leaves(tmp_path: Path) -> None:
             await asyncio.sleep(0.3)
             rows = {row["id"]: row for row in await frontend.workers()}
             os.kill(rows["d0"]["pid"], signal.SIGTERM)  # by hand
+            async with asyncio.timeout(30):
+                while ("d0", "up") in {(row["id"], row["state"]) for row in await frontend.workers()}:
+                    await asyncio.sleep(0.02)
             assert (await frontend.drain("p0", None, False))["state"] == "draining"
             hurried = await frontend.drain("d1", 0.05, False)
             assert hurried["timeout_s"] == 0.05
