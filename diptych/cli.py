@@ -42,6 +42,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"diptych {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_serve(commands)
+    _add_worker(commands)
     _add_simulate(commands)
     _add_replay(commands)
     bench.add(commands)
@@ -90,24 +91,38 @@ def _add_serve(commands: Any) -> None:
     parser.add_argument("--port", type=int, help="port to listen on (default 8000; 0 picks a free one)")
     parser.add_argument("--journal", metavar="FOLDER", help="keep every event and decision there, for replay")
     parser.add_argument("--api-key", metavar="KEY", help="what requests must carry (better: set DIPTYCH_API_KEY)")
+    parser.add_argument("--listen", metavar="HOST:PORT", help="also take workers of other hosts that join here")
+    _add_others(parser)
     parser.set_defaults(command=_serve)
+
+
+def _add_others(parser: argparse.ArgumentParser) -> None:
+    """The flags of a cluster of several hosts: the same for those that wait and those that join."""
+    parser.add_argument("--address", metavar="HOST", help="by which other hosts reach this one")
+    parser.add_argument("--cluster-key", metavar="KEY", help="what workers must know (better: DIPTYCH_CLUSTER_KEY)")
+    parser.add_argument("--key-file", metavar="FILE", help="a file that holds the cluster's key")
+    parser.add_argument("--transport", choices=("auto", "shm", "tcp"), help="what KV travels over (default: auto)")
+    parser.add_argument("--drain-timeout", type=float, metavar="S", help="seconds a worker may drain (default 300)")
 
 
 def _serve(arguments: argparse.Namespace) -> int:
     from diptych.config import load_cluster, parse_cores
     from diptych.serve.supervisor import Supervisor
 
-    keys = ("model", "engine", "dtype", "host", "port", "journal", "api_key")
+    keys = (
+        "model", "engine", "dtype", "host", "port", "journal", "api_key",
+        "listen", "address", "cluster_key", "key_file", "transport", "drain_timeout",
+    )  # fmt: skip
     flags = _topology(arguments) | {key: getattr(arguments, key) for key in keys}
     flags["cores"] = parse_cores(arguments.cores) if arguments.cores else None
     cluster = load_cluster(arguments.cluster, flags)
     _stop_on_sigterm()
     began = time.monotonic()
-    names = ", ".join(f"{worker.name} ({worker.role})" for worker in cluster.workers)
+    names = ", ".join(f"{worker.name} ({worker.role})" for worker in cluster.workers) or "a router without workers"
     print(f"starting {names} on {cluster.model} ...", flush=True)
     with Supervisor(cluster, on_event=lambda text: print(text, file=sys.stderr, flush=True)) as supervisor:
         supervisor.wait_ready()
-        print(_banner(supervisor.url, time.monotonic() - began), flush=True)
+        print(_banner(supervisor.url, time.monotonic() - began, supervisor.joining), flush=True)
         try:
             supervisor.watch()
         except KeyboardInterrupt:
@@ -124,18 +139,61 @@ def _stop_on_sigterm() -> None:
     signal.signal(signal.SIGTERM, stop)
 
 
-def _banner(url: str, seconds: float) -> str:
+def _banner(url: str, seconds: float, joining: str | None) -> str:
+    others = f"\n  more     diptych worker {joining} --role decode\n" if joining else ""
     return f"""ready after {seconds:.1f} s
 
   API      {url}/v1
   page     {url}/
   workers  {url}/workers
-
+{others}
   curl -N {url}/v1/chat/completions -H 'content-type: application/json' \\
     -d '{{"stream": true, "temperature": 0,
          "messages": [{{"role": "user", "content": "Tell me a story about a fox."}}]}}'
 
 Ctrl-C stops it."""
+
+
+# --- worker ----------------------------------------------------------------------------------------------------
+
+
+def _add_worker(commands: Any) -> None:
+    parser = commands.add_parser(
+        "worker",
+        help="join a cluster of another host",
+        description="Be one worker of a cluster that `diptych serve --listen` runs elsewhere, until drained (Ctrl-C).",
+    )
+    parser.add_argument("--join", required=True, metavar="HOST:PORT", help="where the cluster listens")
+    parser.add_argument("--role", required=True, choices=("prefill", "decode", "mixed"), help="what it is to do")
+    parser.add_argument("--name", help="its name in the cluster (default: one that nobody else has)")
+    parser.add_argument("--model", help="where the model is on this host (default: as there)")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of weights and KV (as there)")
+    parser.add_argument("--chunk", type=_chunk, metavar="N|off", help="most new tokens in a step (as there)")
+    parser.add_argument("--kv-memory", metavar="SIZE", help="its KV memory (as there)")
+    parser.add_argument("--cores", metavar="LIST", help="cores for it, like 0,1 or 0-3 (default: not pinned)")
+    parser.add_argument("--journal", metavar="FOLDER", help="keep its events and decisions there, for replay")
+    _add_others(parser)
+    parser.set_defaults(command=_worker)
+
+
+def _worker(arguments: argparse.Namespace) -> int:
+    from diptych.config import parse_cores, read_key
+    from diptych.errors import PeerLost
+    from diptych.policy.messages import Role
+    from diptych.serve.join import join
+
+    keys = ("model", "dtype", "chunk", "kv_memory", "journal", "transport", "drain_timeout")
+    flags = {key: getattr(arguments, key) for key in keys}
+    flags["cores"] = tuple(parse_cores(arguments.cores)) if arguments.cores else None
+    key = read_key(arguments.cluster_key, arguments.key_file)
+    role = Role(arguments.role)
+    try:
+        return join(
+            arguments.join, key, role, arguments.name, arguments.address, flags, lambda text: print(text, flush=True)
+        )
+    except PeerLost as error:
+        print(f"diptych: {error}", file=sys.stderr)
+        return 1
 
 
 # --- simulate --------------------------------------------------------------------------------------------------

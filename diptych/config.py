@@ -29,11 +29,16 @@ from diptych.policy.batching import WorkerSpec
 from diptych.policy.messages import Role
 from diptych.policy.router import RouterSpec
 
-KEY_VARIABLE = "DIPTYCH_API_KEY"  # the one setting the environment may make: a flag would show in process lists
+_KEY_VARIABLES = {"api_key": "DIPTYCH_API_KEY", "cluster_key": "DIPTYCH_CLUSTER_KEY"}
+"""The settings the environment may make: flags would show in process lists."""
+MIN_KEY = 16  # characters of a cluster key; whoever hears a handshake may guess for as long as they like
 DEMO = Path(__file__).parent / "demo"
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 1 << 10, "MI": 1 << 20, "GI": 1 << 30}
 
+_WILDCARDS = ("0.0.0.0", "[::]")
+
 Dtype = Literal["float32", "bfloat16", "float16"]
+Transport = Literal["auto", "shm", "tcp"]
 
 
 class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -78,8 +83,14 @@ class Cluster(msgspec.Struct, frozen=True, kw_only=True):
     port: int = 8000
     journal: str | None = None
     api_key: str | None = None
+    listen: str | None = None  # host:port for workers that join
+    address: str | None = None  # the host by which workers elsewhere call those of this host
+    cluster_key: str | None = None
+    transport: Transport = "auto"
+    drain_timeout_s: float = 300.0
     router: RouterSpec = RouterSpec()
     paced: PacedModel = PacedModel()
+    guest: WorkerConfig = WorkerConfig(name="guest", role=Role.MIXED)  # what a worker that joins is unless it differs
 
     @property
     def folder(self) -> str:
@@ -136,6 +147,12 @@ class _File(_Defaults, frozen=True, kw_only=True, forbid_unknown_fields=True):
     port: int = 8000
     journal: str | None = None
     api_key: str | None = None
+    listen: str | None = None
+    address: str | None = None
+    cluster_key: str | None = None
+    key_file: str | None = None
+    transport: Transport = "auto"
+    drain_timeout: float = 300.0  # seconds
     router: _Router = _Router()
     paced: _Paced = _Paced()
 
@@ -147,10 +164,12 @@ def load_cluster(path: Path | None, flags: dict[str, Any]) -> Cluster:
     """
     data: dict[str, Any] = _read(path) if path else {}
     flags = {key: value for key, value in flags.items() if value is not None}
-    flags |= {"api_key": key} if (key := key_of(flags.get("api_key"))) is not None else {}
-    counts = {role: flags.pop(role.value, 0) for role in Role}
+    for key, variable in _KEY_VARIABLES.items():
+        if os.environ.get(variable) and (key == "api_key" or "key_file" not in data | flags):
+            flags.setdefault(key, os.environ[variable])
+    counts = {role: flags.pop(role.value) for role in Role if role.value in flags}
     cores = flags.pop("cores", None)
-    if any(counts.values()):
+    if counts:
         if data.get("worker"):
             raise ConfigError(f"{path} lists workers already; leave out --prefill, --decode and --mixed")
         data["worker"] = [{"role": role.value, "count": count} for role, count in counts.items() if count]
@@ -161,7 +180,8 @@ def load_cluster(path: Path | None, flags: dict[str, Any]) -> Cluster:
     except msgspec.ValidationError as error:
         raise ConfigError(f"{path or 'flags'}: {error}") from None
     workers = _workers(file, cores)
-    _check(workers)
+    _check(workers, file.listen is not None)
+    _check_door(file)
     if file.api_key == "":
         raise ConfigError("the API key is empty: leave it out, or give one")
     return Cluster(
@@ -172,6 +192,12 @@ def load_cluster(path: Path | None, flags: dict[str, Any]) -> Cluster:
         port=file.port,
         journal=file.journal,
         api_key=file.api_key,
+        listen=file.listen,
+        address=file.address or (file.listen.rpartition(":")[0].strip("[]") if file.listen else None),
+        cluster_key=_key(file.cluster_key, file.key_file),
+        transport=file.transport,
+        drain_timeout_s=file.drain_timeout,
+        guest=_worker("guest", _Worker(role=Role.MIXED), file, ()),
         router=RouterSpec(file.router.policy, file.router.max_requests, file.router.disaggregate_above),
         paced=file.paced.model(),
     )
@@ -179,7 +205,46 @@ def load_cluster(path: Path | None, flags: dict[str, Any]) -> Cluster:
 
 def key_of(flag: str | None) -> str | None:
     """The API key: of a flag, else of the environment."""
-    return flag if flag is not None else os.environ.get(KEY_VARIABLE) or None
+    return flag if flag is not None else os.environ.get(_KEY_VARIABLES["api_key"]) or None
+
+
+def guest_of(terms: Cluster, name: str, role: Role, flags: dict[str, Any]) -> Cluster:
+    """The cluster as a worker that joins it sees it: the router's terms, and flags that are not None instead of them.
+
+    flags: `model`, `dtype`, `chunk`, `kv_memory`, `cores`, `transport`, `journal`, `drain_timeout`.
+    """
+    flags = {key: value for key, value in flags.items() if value is not None}
+    own: dict[str, Any] = {key: flags.pop(key) for key in ("dtype", "cores") if key in flags}
+    if "kv_memory" in flags:
+        own["kv_bytes"] = parse_bytes(flags.pop("kv_memory"))
+    if "chunk" in flags:
+        chunk = flags.pop("chunk")
+        own["chunk"] = None if chunk == "off" else chunk
+    if "drain_timeout" in flags:
+        flags["drain_timeout_s"] = flags.pop("drain_timeout")
+    worker = msgspec.structs.replace(terms.guest, name=name, role=role, **own)
+    return msgspec.structs.replace(terms, workers=(worker,), **flags)
+
+
+def read_key(key: str | None, key_file: str | None) -> str:
+    """The cluster's key from a flag, a file or the environment; ConfigError where there is none."""
+    given = _key(key, key_file) or (None if key_file else os.environ.get(_KEY_VARIABLES["cluster_key"]))
+    if not given:
+        raise ConfigError("no cluster key: give --key-file FILE, or set DIPTYCH_CLUSTER_KEY")
+    return given
+
+
+def _key(key: str | None, key_file: str | None) -> str | None:
+    if key is not None and key_file is not None:
+        raise ConfigError("give the cluster's key, or a file that holds it, not both")
+    if key_file is not None:
+        try:
+            key = Path(key_file).expanduser().read_text().strip()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"cannot read the cluster's key from {key_file}: {error}") from None
+    if key is not None and len(key) < MIN_KEY:
+        raise ConfigError(f"a cluster key has at least {MIN_KEY} characters, like what `openssl rand -hex 16` prints")
+    return key
 
 
 def parse_bytes(text: int | str) -> int:
@@ -262,12 +327,25 @@ def _deal(cores: list[int], num_workers: int) -> list[tuple[int, ...]]:
     return [tuple(cores[(i * each) % len(cores) :][:each]) for i in range(num_workers)]
 
 
-def _check(workers: tuple[WorkerConfig, ...]) -> None:
+def _check(workers: tuple[WorkerConfig, ...], others_join: bool) -> None:
     roles = {worker.role for worker in workers}
-    if not roles:
+    if not roles and not others_join:
         raise ConfigError("a cluster needs at least one worker")
-    if (Role.PREFILL in roles) != (Role.DECODE in roles):
-        raise ConfigError("prefill and decode workers only work in pairs: give at least one of each, or mixed workers")
+    if not others_join and (Role.PREFILL in roles) != (Role.DECODE in roles):
+        raise ConfigError(
+            "prefill and decode workers only work in pairs: give at least one of each, or mixed workers, or let others "
+            "join (--listen)"
+        )
     for key in ("block_size", "dtype"):
         if len({getattr(worker, key) for worker in workers}) > 1:
             raise ConfigError(f"all workers of a cluster need the same {key}: their KV has to fit together")
+
+
+def _check_door(file: _File) -> None:
+    """What workers of other hosts need to find this one."""
+    if file.listen is not None and not re.fullmatch(r"(\[[0-9a-fA-F:.]+\]|[^:\[\]\s]+):[0-9]{1,5}", file.listen):
+        raise ConfigError(f"listen is {file.listen!r}; write it as host:port, like 10.0.0.1:7000")
+    if file.listen is not None and file.listen.rpartition(":")[0] in _WILDCARDS and not file.address:
+        raise ConfigError(f"listen is {file.listen}: say with --address by which host name or address others reach it")
+    if not file.drain_timeout >= 0:
+        raise ConfigError(f"drain_timeout is {file.drain_timeout}; it is a number of seconds")

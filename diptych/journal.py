@@ -20,7 +20,7 @@ from typing import Any, get_type_hints
 import msgspec
 
 from diptych.errors import ConfigError, ProtocolError
-from diptych.policy import messages, retention
+from diptych.policy import membership, messages, retention
 from diptych.policy.batching import WorkerSpec
 from diptych.policy.messages import Message
 from diptych.policy.router import RouterSpec
@@ -61,6 +61,11 @@ _POLICY_TYPES: tuple[type, ...] = (
     retention.Replicate,
     retention.Replicated,
     retention.Release,
+    membership.LinkDown,
+    membership.LinkUp,
+    membership.Drain,
+    membership.Drained,
+    membership.Dismiss,
 )
 """In the order of their codes: append only."""
 

@@ -10,6 +10,7 @@ import sys
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from math import inf
 from random import Random
 from typing import Any
 
@@ -32,7 +33,7 @@ from diptych.policy.messages import (
 )
 from diptych.policy.router import RouterSpec
 from diptych.policy.worker import Worker
-from diptych.sim.conditions import ClientGone, Happening, Rough, WorkerDies
+from diptych.sim.conditions import ClientGone, Happening, LinkBreaks, Rough, WorkerDies, WorkerDrains, WorkerJoins
 from diptych.sim.costs import Costs, Link, StepCost
 from diptych.sim.driver import ROUTER, SimResult, Simulation
 from diptych.sim.workload import Arrival, block_hash
@@ -61,10 +62,16 @@ class World:
     costs: Costs
 
     @property
+    def workers(self) -> tuple[WorkerSpec, ...]:
+        """All that are ever there."""
+        return (*self.cluster, *(h.spec for h in self.happenings if isinstance(h, WorkerJoins)))
+
+    @property
     def calm(self) -> bool:
-        """No deaths, and messages are quick compared with leases."""
-        lease_s = min(spec.lease_s for spec in self.cluster)
-        return not any(isinstance(h, WorkerDies) for h in self.happenings) and lease_s > 20 * self.message_s
+        """No deaths, every drain has the time it takes, and messages are quick compared with leases."""
+        hurried = any(isinstance(h, WorkerDrains) and h.timeout_s < inf for h in self.happenings)
+        broken = any(isinstance(h, WorkerDies | LinkBreaks) for h in self.happenings)
+        return not (hurried or broken) and min(spec.lease_s for spec in self.workers) > 20 * self.message_s
 
     def rough(self) -> Rough:
         """Its conditions, anew."""
@@ -89,6 +96,7 @@ def draw_world(pick: Pick, quiet: bool = False) -> World:
     happenings: list[Happening] = [
         ClientGone(pick(0, 400) / 1000, pick(0, len(arrivals) - 1)) for _ in range(pick(0, 3))
     ]
+    happenings += _draw_moves(pick, cluster, size, quiet)
     if not quiet:
         happenings += _draw_deaths(pick, cluster)
     return World(
@@ -169,6 +177,25 @@ def _draw_deaths(pick: Pick, cluster: Sequence[WorkerSpec]) -> list[Happening]:
         WorkerDies(pick(0, 400) / 1000, cluster[pick(0, len(cluster) - 1)].name, backs[pick(0, 3)])
         for _ in range(max(pick(-1, 2), 0))
     ]
+
+
+def _draw_moves(pick: Pick, cluster: Sequence[WorkerSpec], size: int, quiet: bool) -> list[Happening]:
+    """Workers that join and drain while requests come; unless `quiet`, also drains in a hurry and broken links."""
+    moves: list[Happening] = []
+    if pick(0, 2) == 0:
+        kind = "mpd"[pick(0, 2)]
+        moves.append(WorkerJoins(pick(0, 300) / 1000, _draw_worker(pick, f"{kind}9", _ROLE[kind], size)))
+    names = [spec.name for spec in cluster] + [move.spec.name for move in moves if isinstance(move, WorkerJoins)]
+    for _ in range(max(pick(-2, 2), 0)):
+        timeout_s = inf if quiet else (inf, 0.0, 0.05)[pick(0, 2)]
+        moves.append(WorkerDrains(pick(0, 400) / 1000, names[pick(0, len(names) - 1)], timeout_s))
+    if not quiet and len(names) > 1:
+        for _ in range(max(pick(-2, 2), 0)):
+            one, other = pick(0, len(names) - 1), pick(0, len(names) - 2)
+            other += other >= one
+            backs = (None, 0.0, 0.02, 0.2)
+            moves.append(LinkBreaks(pick(0, 400) / 1000, names[one], names[other], backs[pick(0, 3)]))
+    return moves
 
 
 # --- the witness -----------------------------------------------------------------------------------------------------
@@ -387,6 +414,7 @@ class Witness:
     def check_end(self, result: SimResult) -> None:
         """Everything submitted has ended, and everything taken was given back."""
         assert not self._sim.router.requests, f"in flight for ever: {list(self._sim.router.requests)}"
+        assert not self._sim.router.drains, "a worker was told to drain and is still there"
         for stream in result.streams:
             assert stream.status, stream
             if stream.status == "finished":

@@ -131,6 +131,11 @@ class FakeFrontend:
     async def workers(self) -> list[dict[str, Any]]:
         return self.rows
 
+    async def drain(self, worker: str, timeout_s: float | None, force: bool) -> dict[str, Any]:
+        if self.refuse:
+            raise self.refuse
+        return {"id": worker, "state": "draining", "timeout_s": timeout_s, "forced": force}
+
     async def health(self) -> tuple[bool, dict[str, Any]]:
         return self.well, {"workers": len(self.rows)}
 

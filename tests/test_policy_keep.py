@@ -275,4 +275,4 @@ def test_a_decode_workers_death_costs_no_prompt(block: int) -> None:
             again = [i for (number, i) in ran if number == request and i >= prompt]
             assert len(twice) <= (0 if num_written else size), (seed, request, twice)
             assert len(again) <= 2 * size, (seed, request, again)
-    assert num_resumed > 30
+    assert num_resumed > 15

@@ -7,6 +7,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from diptych.policy.books import PolicyName
+from diptych.policy.membership import Dismiss, Drain, Drained, LinkDown, LinkUp
 from diptych.policy.messages import (
     MAX_ATTEMPTS,
     Cancel,
@@ -20,12 +22,13 @@ from diptych.policy.messages import (
     Role,
     RouterOrder,
     Submitted,
+    Tick,
     WorkerLost,
     WorkerUp,
     attempt_id,
     request_of,
 )
-from diptych.policy.router import PolicyName, Router, RouterSpec
+from diptych.policy.router import Router, RouterSpec
 
 HASHES = tuple(bytes([i]) for i in range(8))
 
@@ -247,6 +250,71 @@ def test_attempts_are_not_endless() -> None:
     for attempt in range(MAX_ATTEMPTS):
         orders = made.on(0.0, Failed(attempt_id(1, attempt), "m0", 0, Reason.REFUSED))
     assert isinstance(orders[0], Reject) and orders[0].status == 503 and made.num["failed"] == 1
+
+
+# --- connections and drains ------------------------------------------------------------------------------------------
+
+
+def test_a_pair_without_a_connection_gets_nothing() -> None:
+    made = router("ppd")
+    made.on(0.0, LinkDown("d2", "p0"))
+    assert [places(submit(made, i))[1][0] for i in (1, 2)] == ["p1", "p1"] and made.num_paths() == 1
+    made.on(0.0, LinkDown("p1", "d2"))
+    (reject,) = submit(made, 3)
+    assert isinstance(reject, Reject) and reject.status == 503
+    made.on(0.0, LinkUp("d2", "p0"))
+    assert places(submit(made, 4))[1][0] == "p0"
+
+
+def test_a_broken_pair_is_not_tried_again_while_there_is_another() -> None:
+    made = router("ppdd", policy="round-robin")
+    submit(made, 1)
+    tried = {("p0", "d2")}
+    for attempt in range(3):
+        orders = made.on(0.0, Failed(attempt_id(1, attempt), "d2", 0, Reason.PEER_LOST))
+        (decode, _, _, prefill), _ = places(orders)
+        tried.add((prefill, decode))
+    assert len(tried) == 4
+    assert places(made.on(0.0, Failed(attempt_id(1, 3), "d2", 0, Reason.PEER_LOST))), "then any of them"
+
+
+def test_a_worker_that_drains_gets_nothing_more_and_goes_when_nothing_is_left() -> None:
+    made = router("mm")
+    submit(made, 1)
+    assert made.on(1.0, Drain("m0", 60.0)) == [] and made.next_deadline() == 61.0
+    assert {places(submit(made, i))[0][0] for i in (2, 3, 4)} == {"m1"}
+    assert made.on(2.0, Finish(attempt_id(1, 0), "m0", Reason.STOP)) == [Drain("m0", 0.0)]
+    assert made.on(3.0, Drained("m0")) == [Dismiss("m0")]
+    assert made.on(3.0, WorkerLost("m0")) == [] and made.next_deadline() is None
+
+
+def test_what_is_left_when_its_time_is_up_goes_on_elsewhere() -> None:
+    made = router("mm")
+    submit(made, 1)
+    made.on(1.0, Drain("m0", 60.0))
+    assert made.on(60.9, Tick()) == [] and made.on(61.0, Tick()) == [Dismiss("m0")]
+    (place,) = made.on(61.0, WorkerLost("m0", ((attempt_id(1, 0), 5),)))
+    assert isinstance(place, Place) and (place.worker, place.num_tokens) == ("m1", 133)
+
+
+def test_an_idle_worker_is_asked_at_once_and_a_stranger_never() -> None:
+    made = router("mm")
+    assert made.on(0.0, Drain("m0", 60.0)) == [Drain("m0", 0.0)]
+    assert made.on(0.0, Drain("m7", 60.0)) == [] and made.on(0.0, Drained("m1")) == []
+
+
+def test_the_last_of_a_kind_is_needed() -> None:
+    made = router("ppd")
+    assert not made.needs("p0") and made.needs("d2")
+    made.on(0.0, Drain("p0", 60.0))
+    assert made.needs("p1")
+
+
+def test_a_new_worker_is_used_at_once() -> None:
+    made = router("pd", policy="least-loaded")
+    submit(made, 1)
+    made.on(0.0, WorkerUp("d9", 0, Role.DECODE, 100, 16))
+    assert places(submit(made, 2))[0][0] == "d9"
 
 
 # --- its books -------------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 
 from diptych.policy.batching import WorkerSpec
+from diptych.policy.membership import Drain, Drained
 from diptych.policy.messages import (
     Answer,
     Beat,
@@ -341,6 +342,15 @@ def test_a_lost_reader_frees_everything_meant_for_it() -> None:
     assert stage.counts == {"free": 15, "kept": 1} and not stage.worker.seqs
     stage.tick()
     assert stage.counts == {"free": 16}, "what was computed is kept for a lease, in case its request comes back"
+
+
+def test_who_drains_says_so_when_nobody_needs_what_is_here_any_more() -> None:
+    stage = prefill_stage(chunk=8)
+    place_prefill(stage, 1)
+    assert stage.hears(Drain("w", 0.0)) == []
+    assert "Drained" not in kinds(stage.run_until_idle()), "its KV is offered"
+    assert kinds(stage.hears(Done("d", 1))) == ["Answer", "Finish", "Drained"]
+    assert Stage().hears(Drain("w", 0.0)) == [Drained("w")]
 
 
 def test_who_asks_for_what_is_not_here_hears_so() -> None:

@@ -16,7 +16,7 @@ import openai
 import pytest
 from serve_doubles import FakeFrontend, Live, byte_level_tokenizer, saying, serving, write_checkpoint
 
-from diptych.errors import Unavailable
+from diptych.errors import Conflict, NotFound, Unavailable
 from diptych.policy.messages import Reason
 from diptych.serve.api import Settings
 from diptych.serve.frontend import Chunk, Job
@@ -264,6 +264,21 @@ def test_bad_requests(live: Live, path: str, body: Any, status: int, param: str 
     error = assert_envelope(httpx.post(live.url + path, content=content), status)
     assert error["param"] == param
     assert live.frontend.jobs == [], "a bad request costs nothing"
+
+
+def test_a_worker_is_drained(live: Live) -> None:
+    url = f"{live.url}/workers/d0/drain"
+    got = httpx.post(url)
+    assert (got.status_code, got.json()["state"], got.json()["timeout_s"]) == (202, "draining", None)
+    got = httpx.post(url, json={"timeout_s": 2.5, "force": True})
+    assert (got.json()["timeout_s"], got.json()["forced"]) == (2.5, True)
+    for body in ({"timeout_s": -1}, {"timeout_s": "soon"}, {"forced": True}, []):
+        assert httpx.post(url, json=body).status_code == 400
+    for error, status in ((NotFound("no such worker"), 404), (Conflict("it is needed"), 409)):
+        live.frontend.refuse = error
+        got = httpx.post(url)
+        live.frontend.refuse = None
+        assert got.status_code == status and got.json()["error"]["message"] == str(error)
 
 
 def test_codes_that_clients_look_for(live: Live) -> None:

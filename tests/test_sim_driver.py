@@ -5,7 +5,7 @@ import pytest
 from diptych.policy.batching import WorkerSpec
 from diptych.policy.messages import Role
 from diptych.policy.router import RouterSpec
-from diptych.sim.conditions import ClientGone, Happening, WorkerDies
+from diptych.sim.conditions import ClientGone, Happening, LinkBreaks, WorkerDies, WorkerDrains, WorkerJoins
 from diptych.sim.costs import Costs, Link, StepCost
 from diptych.sim.driver import SimResult, Simulation, Stuck, simulate
 from diptych.sim.load import Load
@@ -70,6 +70,32 @@ def test_a_worker_that_comes_back_is_used() -> None:
     arrivals = (Arrival(0.0, 4, 8, 8), Arrival(0.5, 4, 8, 8))
     result = run(MIXED, *arrivals, happenings=(WorkerDies(0.050, "m", 0.1),))
     assert [stream.status for stream in result.streams] == ["failed", "finished"]
+
+
+def test_a_worker_that_joins_is_used() -> None:
+    joins = WorkerJoins(0.2, WorkerSpec("n", Role.MIXED, 64))
+    result = run([], Arrival(0.0, 4, 8, 8), Arrival(0.5, 4, 8, 8), happenings=(joins,))
+    assert [stream.status for stream in result.streams] == ["rejected", "finished"]
+
+
+def test_a_worker_that_drains_finishes_what_it_has() -> None:
+    cluster = [*MIXED, WorkerSpec("n", Role.MIXED, 64)]
+    arrivals = (Arrival(0.0, 4, 8, 8), Arrival(0.06, 4, 8, 8))
+    result = run(cluster, *arrivals, happenings=(WorkerDrains(0.05, "m"),))
+    assert [(stream.status, stream.num_attempts) for stream in result.streams] == [("finished", 1)] * 2
+    assert [machine.num_steps for machine in result.machines] == [8, 8]
+
+
+def test_a_drain_that_takes_too_long_is_cut_short() -> None:
+    cluster = [*MIXED, WorkerSpec("n", Role.MIXED, 64)]
+    (stream,) = run(cluster, Arrival(0.0, 4, 20, 20), happenings=(WorkerDrains(0.02, "m", 0.05),)).streams
+    assert (stream.status, stream.num_tokens, stream.num_attempts) == ("finished", 20, 2)
+
+
+def test_a_pair_whose_connection_breaks_is_left_for_another() -> None:
+    cluster = [*PAIR, WorkerSpec("e", Role.DECODE, 64)]
+    (stream,) = run(cluster, Arrival(0.0, 20, 3, 3), happenings=(LinkBreaks(0.035, "p", "d"),)).streams
+    assert (stream.status, stream.num_tokens) == ("finished", 3)
 
 
 def test_what_makes_no_sense_is_refused() -> None:

@@ -1,4 +1,5 @@
-"""The laws of the system, in random worlds: small memories, slow messages, failing reads, dying workers.
+"""The laws of the system, in random worlds: small memories, slow messages, failing reads, workers that die,
+join and drain, broken connections.
 
 What is checked at every event is in `policy_world.Witness`. Outside the suite the same worlds can be run by the ten
 thousand: `python tests/policy_world.py 20000`.
@@ -18,7 +19,7 @@ from diptych.policy.batching import WorkerSpec
 from diptych.policy.messages import Emit, Message, Role, Run, StepDone
 from diptych.policy.router import Router, RouterSpec
 from diptych.policy.worker import Worker
-from diptych.sim.conditions import Calm
+from diptych.sim.conditions import Calm, WorkerJoins
 from diptych.sim.costs import Costs, Link, StepCost
 from diptych.sim.driver import ROUTER, SimResult, Simulation
 from diptych.sim.driver import simulate as simulate_bare
@@ -69,9 +70,17 @@ def test_worlds_that_are_always_the_same(block: int) -> None:
 
 def steady(world: World) -> World:
     """The same world as one in which steps may be taken in bulk, with costs that make exact ties unlikely."""
-    cluster = tuple(replace(spec, depth=1, itl_budget_s=None) for spec in world.cluster)
+
+    def plain(spec: WorkerSpec) -> WorkerSpec:
+        return replace(spec, depth=1, itl_budget_s=None)
+
+    cluster = tuple(map(plain, world.cluster))
+    happenings = tuple(replace(h, spec=plain(h.spec)) if isinstance(h, WorkerJoins) else h for h in world.happenings)
     return replace(
-        world, cluster=cluster, costs=Costs(StepCost(0.0100071, 0.0010003, 0.0001001), kv_bytes_per_token=64)
+        world,
+        cluster=cluster,
+        happenings=happenings,
+        costs=Costs(StepCost(0.0100071, 0.0010003, 0.0001001), kv_bytes_per_token=64),
     )
 
 
@@ -150,10 +159,10 @@ def test_events_replayed_to_fresh_objects_give_the_same_orders(data: st.DataObje
     world = draw_world(picker(data), quiet=True)  # a worker that comes back is another object
     journal: list[Entry] = []
     simulate(world, True, journal)
-    fresh: dict[str, Router | Worker] = {spec.name: Worker(spec) for spec in world.cluster}
+    fresh: dict[str, Router | Worker] = {spec.name: Worker(spec) for spec in world.workers}
     fresh[ROUTER] = Router(world.router)
     for now, name, event, orders in journal:
         again = fresh[name].on(now, event)  # type: ignore[arg-type]
         assert tuple(again) == orders, (now, name, event)
-    for spec in world.cluster:
+    for spec in world.workers:
         check_empty(fresh[spec.name])  # type: ignore[arg-type]

@@ -37,6 +37,10 @@ class Copies:
         """Attempts of which blocks may be read."""
         return set(self._open)
 
+    def is_empty(self) -> bool:
+        """Nobody may read anything here."""
+        return not self._open
+
     def next_deadline(self) -> float | None:
         """When the oldest lease ends."""
         while self._leases and not self._ends(*self._leases[0]):

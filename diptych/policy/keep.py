@@ -71,6 +71,10 @@ class Keep:
     def __len__(self) -> int:
         return len(self._kept)
 
+    def is_empty(self) -> bool:
+        """No read of ours can touch memory here or at a peer. What is kept is no reason to stay."""
+        return not self._reads
+
     def reads(self, pull: int) -> bool:
         """That read is one of ours."""
         return pull in self._reads

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import NamedTuple
 
+from diptych.policy.membership import Dismiss, Drain, Drained, LinkDown, LinkUp
 from diptych.policy.retention import Release, Replicate, Replicated
 
 MAX_ATTEMPTS = 64
@@ -364,27 +365,10 @@ class Tick:
 
 
 Retention = Replicate | Replicated | Release
-RouterEvent = Submitted | Cancelled | WorkerUp | WorkerLost | Progress | Failed | Finish | Tick
-RouterOrder = Place | Cancel | Reject
-WorkerEvent = (
-    Place
-    | Cancel
-    | StepDone
-    | Offer
-    | Publish
-    | Done
-    | Answer
-    | Revoke
-    | Drop
-    | Beat
-    | Retention
-    | PeerLost
-    | Read
-    | ReadFailed
-    | Settled
-    | Tick
-)
-WorkerOrder = (
-    Run | Offer | Publish | Done | Answer | Revoke | Drop | Beat | Retention | Pull | CancelPull | Emit | Finish
-)  # fmt: skip
+Membership = LinkDown | LinkUp | Drain | Drained
+RouterEvent = Submitted | Cancelled | WorkerUp | WorkerLost | Progress | Failed | Finish | Tick | Membership
+RouterOrder = Place | Cancel | Reject | Drain | Dismiss
+Handover = Offer | Publish | Done | Answer | Revoke | Drop | Beat
+WorkerEvent = Place | Cancel | Drain | StepDone | Handover | Retention | PeerLost | Read | ReadFailed | Settled | Tick
+WorkerOrder = Run | Handover | Retention | Pull | CancelPull | Emit | Finish | Drained
 Message = RouterEvent | RouterOrder | WorkerEvent | WorkerOrder

@@ -5,17 +5,20 @@ chosen policy (round robin, least loaded, prefix-aware), and the lowest score wi
 exist, `disaggregates` decides per request.
 
 A request whose worker is lost, or whose pair breaks, is placed anew with the tokens its client already has counted as
-known. Load is the router's own book-keeping of what it placed, so that nothing has to be reported per step.
+known, on another pair if there is one. Pairs without a connection (`links.py`) and workers that drain (`drains.py`) get
+nothing. Load is the router's own book-keeping of what it placed, so that nothing has to be reported per step.
 
 Not responsible for queues on workers, for moving KV, or for knowing any text.
 """
 
-from collections import OrderedDict
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass
+from functools import partial
 
+from diptych.policy.books import SCORES, Pair, PolicyName, RequestView, WorkerView
+from diptych.policy.drains import Drains
 from diptych.policy.ladder import REQUEST, Ladder, Rung
+from diptych.policy.links import NONE, Links
+from diptych.policy.membership import Dismiss, Drain, Drained, LinkDown, LinkUp
 from diptych.policy.messages import (
     MAX_ATTEMPTS,
     WELL,
@@ -34,11 +37,8 @@ from diptych.policy.messages import (
     Tick,
     WorkerLost,
     WorkerUp,
-    attempt_id,
     request_of,
 )
-
-PolicyName = Literal["round-robin", "least-loaded", "prefix-aware"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,92 +53,6 @@ class RouterSpec:
     disaggregate_above: int = 256
 
 
-@dataclass(slots=True)
-class WorkerView:
-    """What the router knows of a worker, and has given it to do."""
-
-    name: str
-    role: Role
-    num_blocks: int
-    block_size: int
-    prompt_tokens: int = 0  # placed here and not prefilled yet
-    held_tokens: int = 0  # at most held by what decodes here
-    num_requests: int = 0
-    last_placed: int = 0
-    prefixes: OrderedDict[bytes, None] = field(default_factory=OrderedDict)  # hashes likely in its cache, LRU
-
-    def fits(self, num_tokens: int) -> bool:
-        """Its whole pool could hold that many tokens."""
-        return -(-num_tokens // self.block_size) <= self.num_blocks
-
-    def matched(self, hashes: tuple[bytes, ...]) -> int:
-        """Tokens of the longest prefix it probably holds."""
-        count = 0
-        for digest in hashes:
-            if digest not in self.prefixes:
-                break
-            count += 1
-        return count * self.block_size
-
-    def remember(self, hashes: tuple[bytes, ...]) -> None:
-        """It will hold these blocks; forget as many of the oldest as it cannot hold."""
-        for digest in hashes:
-            self.prefixes[digest] = None
-            self.prefixes.move_to_end(digest)
-        while len(self.prefixes) > self.num_blocks:
-            self.prefixes.popitem(last=False)
-
-
-@dataclass(slots=True)
-class RequestView:
-    """A request in flight: where it is, and as which attempt."""
-
-    submitted: Submitted
-    order: int
-    life: Ladder[Rung]
-    attempt: int = 0
-    prefill: str = ""  # the worker that computes the prompt; "" once that is over or for a mixed worker
-    decode: str = ""  # the worker that writes the answer; "" where none is written
-    keeper: str = ""  # the prefill worker that has, or had, its KV: where it would best go on
-    uncached: int = 0  # prompt tokens charged to the prefilling worker until the first token
-    charged: str = ""  # that worker
-
-    @property
-    def rid(self) -> int:
-        """Its present attempt."""
-        return attempt_id(self.submitted.request, self.attempt)
-
-
-Score = Callable[[WorkerView, RequestView], tuple[float, ...]]
-
-
-def round_robin(view: WorkerView, request: RequestView) -> tuple[float, ...]:
-    """Whoever was given nothing for longest."""
-    return (view.last_placed,)
-
-
-def least_loaded(view: WorkerView, request: RequestView) -> tuple[float, ...]:
-    """Least outstanding work: prompt tokens to compute, then share of the pool in use."""
-    return (
-        view.prompt_tokens + view.held_tokens / (view.num_blocks * view.block_size),
-        view.num_requests,
-        view.last_placed,
-    )
-
-
-def prefix_aware(view: WorkerView, request: RequestView) -> tuple[float, ...]:
-    """Least outstanding work counting this request's own, less what the worker already holds of it."""
-    mine = request.submitted.num_prompt - view.matched(request.submitted.hashes)
-    return (mine + view.prompt_tokens + view.held_tokens / 16, view.num_requests, view.last_placed)
-
-
-SCORES: dict[PolicyName, Score] = {
-    "round-robin": round_robin,
-    "least-loaded": least_loaded,
-    "prefix-aware": prefix_aware,
-}
-
-
 class Router:
     """The policy of the router. Feed it events in order; do what it orders, in order."""
 
@@ -147,6 +61,8 @@ class Router:
         self.workers: dict[str, WorkerView] = {}
         self.requests: dict[int, RequestView] = {}
         self.num: dict[str, int] = dict.fromkeys(("submitted", "finished", "rejected", "cancelled", "failed"), 0)
+        self.links = Links()
+        self.drains = Drains()
         self._clock = 0  # counts placements, for ages and for turns
         self._orders: list[RouterOrder] = []
 
@@ -167,19 +83,33 @@ class Router:
                 self.workers[event.worker] = WorkerView(event.worker, event.role, event.num_blocks, event.block_size)
             case WorkerLost():
                 self._worker_lost(now, event)
+            case LinkDown(worker=worker, peer=peer):
+                self.links.down(worker, peer)
+            case LinkUp(worker=worker, peer=peer):
+                self.links.up(worker, peer)
+            case Drain(worker=worker) if worker in self.workers:
+                self.drains.begin(worker, now + event.timeout_s)
+            case Drained(worker=worker) if worker in self.drains:
+                self._orders.append(Dismiss(worker))
             case Tick():
-                pass
+                self._orders += self.drains.expire(now)
+        if self.drains:
+            self._orders += self.drains.proceed(lambda worker: self.workers[worker].num_requests == 0)
         orders, self._orders = self._orders, []
         return orders
 
     def next_deadline(self) -> float | None:
-        """The router waits for nothing but events."""
-        return None
+        """When a worker that drains has had its time."""
+        return self.drains.next_deadline()
 
     def num_paths(self) -> int:
-        """Ways a request can go: mixed workers, and pairs of a prefill and a decode worker."""
-        count = {role: sum(view.role == role for view in self.workers.values()) for role in Role}
-        return count[Role.MIXED] + count[Role.PREFILL] * count[Role.DECODE]
+        """Ways a new request can go: mixed workers, and connected pairs of a prefill and a decode worker."""
+        prefills, decodes = self._able((Role.PREFILL,)), self._able((Role.DECODE,))
+        return len(self._able((Role.MIXED,))) + sum(self.links.stand(p.name, d.name) for p in prefills for d in decodes)
+
+    def needs(self, worker: str) -> bool:
+        """No other worker of its kind would take new requests if this one did not."""
+        return not any(view.name != worker for view in self._able((self.workers[worker].role,)))
 
     # --- coming in -----------------------------------------------------------------------------------------------
 
@@ -198,14 +128,14 @@ class Router:
         wanted = request.submitted
         need = wanted.num_prompt + wanted.max_new
         writes = wanted.max_new > 0
-        alone = self._pick(request, (Role.MIXED,) if writes else (Role.MIXED, Role.PREFILL), need)
-        decode = self._pick(request, (Role.DECODE,), need) if writes else None
-        keeper = self._keeper(request, num_tokens) if decode else None
-        prefill = (keeper or self._pick(request, (Role.PREFILL,), num_tokens)) if decode else None
-        if alone and not keeper and (not prefill or not self._disaggregates(request, alone)):
+        alone = self._pick(request, self._able((Role.MIXED,) if writes else (Role.MIXED, Role.PREFILL), need))
+        pair = self._pick_pair(request, num_tokens, need) if writes else None
+        kept = pair is not None and pair[0].name == request.keeper
+        if alone and not kept and (not pair or not self._disaggregates(request, alone)):
             self._send(request, num_tokens, alone, Role.MIXED if writes else Role.PREFILL, None)
             self._charge(request, alone, alone if writes else None, num_tokens)
-        elif prefill and decode:
+        elif pair:
+            prefill, decode = pair
             self._send(request, num_tokens, decode, Role.DECODE, prefill)
             self._send(request, num_tokens, prefill, Role.PREFILL, decode)
             self._charge(request, prefill, decode, num_tokens)
@@ -217,14 +147,26 @@ class Router:
         else:
             self._reject(now, request, 503, "no worker is up; try again later")
 
-    def _pick(self, request: RequestView, roles: tuple[Role, ...], num_tokens: int) -> WorkerView | None:
+    def _able(self, roles: tuple[Role, ...], num_tokens: int = 0) -> list[WorkerView]:
+        """Who may be given a request of that size."""
         able = [view for view in self.workers.values() if view.role in roles and view.fits(num_tokens)]
+        return [view for view in able if view.name not in self.drains] if self.drains else able
+
+    def _pick(self, request: RequestView, able: list[WorkerView]) -> WorkerView | None:
         return min(able, key=lambda view: SCORES[self.spec.policy](view, request), default=None)
 
-    def _keeper(self, request: RequestView, num_tokens: int) -> WorkerView | None:
-        """Where what an earlier attempt computed is kept, if it can go on there."""
-        view = self.workers.get(request.keeper)
-        return view if view is not None and view.fits(num_tokens) else None
+    def _pick_pair(self, request: RequestView, num_tokens: int, need: int) -> Pair | None:
+        """The best decode worker that has a prefill worker for it, and the best of those.
+
+        Who keeps its KV is taken before anyone else, and a pair that was not tried yet before one that gave it up.
+        """
+        prefills, decodes = self._able((Role.PREFILL,), num_tokens), self._able((Role.DECODE,), need)
+        keepers = [view for view in prefills if view.name == request.keeper]
+        pick = partial(self._pick, request)
+        for able, without in ((keepers, request.failed), (prefills, request.failed), (prefills, NONE)):
+            if pair := self.links.best(able, decodes, pick, without):
+                return pair
+        return None
 
     def _disaggregates(self, request: RequestView, mixed: WorkerView) -> bool:
         """Is a pair worth its handover for this request? Only if there is enough prompt to compute."""
@@ -298,11 +240,14 @@ class Router:
     def _failed(self, now: float, event: Failed) -> None:
         request = self._present(event.rid)
         if request is not None:
+            request.failed.add((request.prefill, request.decode))
             self._again(now, request, event.num_emitted, f"{event.worker} gave it up: {event.reason}")
 
     def _worker_lost(self, now: float, event: WorkerLost) -> None:
         """Everything that was decoding there, or not yet past its first token there, is placed anew."""
         self.workers.pop(event.worker, None)
+        self.links.forget(event.worker)
+        self.drains.forget(event.worker)
         emitted = dict(event.emitted)
         for request in list(self.requests.values()):
             if request.keeper == event.worker:

@@ -75,6 +75,10 @@ class Sink:
         """The incoming sequence of that id, if it is one."""
         return self._incoming.get(rid)
 
+    def is_empty(self) -> bool:
+        """Nothing is expected, and no read can touch memory here or at a source."""
+        return not (self._incoming or self._reads or self._unread)
+
     def stuck(self) -> bool:
         """No read is under way and no answer awaited: nothing here will free or fill memory by itself."""
         return not self._reads and not any(coming.asked for coming in self._incoming.values())

@@ -35,6 +35,10 @@ class Source:
     def __contains__(self, rid: int) -> bool:
         return rid in self._offers
 
+    def is_empty(self) -> bool:
+        """Nobody may read anything here."""
+        return not self._offers
+
     def next_deadline(self) -> float | None:
         """When the next lease may end."""
         return self._leases[0][0] if self._leases else None

@@ -18,6 +18,7 @@ from diptych.policy.blocks import BlockPool
 from diptych.policy.copies import Copies
 from diptych.policy.keep import Keep
 from diptych.policy.ladder import Rung
+from diptych.policy.membership import Drain, Drained
 from diptych.policy.memory import Memory
 from diptych.policy.messages import (
     MAX_ATTEMPTS,
@@ -68,6 +69,7 @@ class Worker:
         self.seqs: dict[int, Sequence] = {}  # everything placed here that has not ended, or is still in a step
         self._steps: dict[int, tuple[Slice, ...]] = {}
         self._next_step = 0
+        self._leaving = False  # asked to say when nothing is left here; nothing more is placed
         self._orders: list[WorkerOrder] = []
         self.memory = Memory(spec, self.pool, self.source, self.sink, self.keep, self.times, self._steps, self._orders)
         self.receiver = Receiver(self.sink, self.keep, self.memory, self.seqs, self._orders, self._end, spec.replicate)
@@ -113,8 +115,13 @@ class Worker:
                 pass  # memory is given to KV that exists, so a promise alone changes nothing here
             case Tick():
                 self._tick(now)
+            case Drain():
+                self._leaving = True
         while self._proceed(now):
             pass
+        if self._leaving and not (self.seqs or self._steps) and self.source.is_empty() and self.sink.is_empty():
+            self._leaving = False
+            self._orders.append(Drained(self.spec.name))
         orders = self._orders.copy()
         self._orders.clear()
         return orders
@@ -145,11 +152,7 @@ class Worker:
 
     def idle_reason(self) -> str:
         """Why no step is being computed: "" while one is, "no work", or what is waited for."""
-        if self._steps:
-            return ""
-        if self.claims:
-            return "memory"
-        return "a peer" if self.seqs else "no work"
+        return "" if self._steps else "memory" if self.claims else "a peer" if self.seqs else "no work"
 
     # --- coming in -----------------------------------------------------------------------------------------------
 

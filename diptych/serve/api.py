@@ -31,7 +31,7 @@ from diptych import __version__
 from diptych.errors import BadRequest, DiptychError, Overloaded, Unavailable
 from diptych.serve import openai
 from diptych.serve.exchange import Exchange, Order
-from diptych.serve.frontend import Frontend, Job, ModelCard
+from diptych.serve.frontend import DrainCall, Frontend, Job, ModelCard
 from diptych.serve.guard import Guard
 from diptych.serve.intake import aside, check_size, read_body
 from diptych.serve.metrics import CONTENT_TYPE, Metrics
@@ -43,6 +43,8 @@ from diptych.serve.tokenize import detokenize, tokenize
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
+
+_DRAIN = msgspec.json.Decoder(DrainCall)
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,6 +194,12 @@ class Api:
         """`GET /workers`."""
         return _json({"workers": await self._ask(self.frontend.workers())})
 
+    async def drain(self, request: Request) -> Response:
+        """`POST /workers/{id}/drain`: 202; 404 for a worker nobody knows, 409 for one that is needed."""
+        call = openai.decoded(_DRAIN, await read_body(request, self.settings.max_body_bytes) or b"{}")
+        made = self.frontend.drain(request.path_params["id"], call.timeout_s, call.force)
+        return _json(await self._ask(made), 202)
+
     async def expose_metrics(self, request: Request) -> Response:
         """`GET /metrics`; without the workers' numbers where the router does not answer."""
         rows: list[dict[str, Any]] = []
@@ -231,6 +239,7 @@ def make_app(frontend: Frontend, text: Text, card: ModelCard, settings: Settings
         Route("/v1/models/{name:path}", api.model),
         Route("/health", api.health),
         Route("/workers", api.workers),
+        Route("/workers/{id}/drain", api.drain, methods=["POST"]),
         Route("/metrics", api.expose_metrics),
         Route("/version", api.version),
         Route("/openapi.json", api.openapi),

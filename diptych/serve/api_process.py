@@ -8,11 +8,12 @@ import contextlib
 import itertools
 import logging
 import socket
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
 
-from diptych.errors import ProtocolError, Unavailable
+from diptych.errors import Conflict, NotFound, ProtocolError, Unavailable
 from diptych.modelfacts import locate
 from diptych.policy.messages import Cancelled, Reason
 from diptych.serve import process
@@ -21,7 +22,7 @@ from diptych.serve.build import cluster_card
 from diptych.serve.channel import Channel, call
 from diptych.serve.frontend import Chunk, Job
 from diptych.serve.text import Text
-from diptych.serve.wire import Ask, Deliver, Hello, Report, Submit, Ticket, pack, pack_ids, unpack_emit
+from diptych.serve.wire import Ask, Deliver, Hello, Report, Retire, Submit, Ticket, pack, pack_ids, unpack_emit
 
 log = logging.getLogger(__name__)
 
@@ -34,6 +35,7 @@ class RouterFrontend:
 
     def __init__(self) -> None:
         self.lost = asyncio.Event()  # the router is gone for good
+        self._drain_timeout_s = 0.0
         self._channel: Channel | None = None
         self._streams: dict[int, asyncio.Queue[Chunk]] = {}
         self._reports: dict[int, asyncio.Future[dict[str, Any]]] = {}
@@ -41,8 +43,9 @@ class RouterFrontend:
 
     async def connect(self, orders: process.Orders) -> None:
         """Call the router; it may still be starting."""
-        hello = Hello("api", orders.name, orders.incarnation, orders.key)
-        self._channel = await call(orders.router, hello, self._meet)
+        self._drain_timeout_s = orders.cluster.drain_timeout_s
+        hello = Hello("api", orders.name, orders.incarnation)
+        self._channel = await call(orders.router, orders.key, hello, self._meet)
 
     def close(self) -> None:
         """Hang up; what is open is cancelled by the router."""
@@ -68,6 +71,17 @@ class RouterFrontend:
         rows: list[dict[str, Any]] = (await self._report())["workers"]
         return rows
 
+    async def drain(self, worker: str, timeout_s: float | None, force: bool) -> dict[str, Any]:
+        """Ask the router to take a worker out of service."""
+        timeout_s = self._drain_timeout_s if timeout_s is None else timeout_s
+        answer = await self._ask(lambda number: Retire(number, worker, timeout_s, force))
+        status, why = answer.pop("status"), answer.pop("why", "")
+        if status == 404:
+            raise NotFound(why, "worker")
+        if status == 409:
+            raise Conflict(why)
+        return answer
+
     async def health(self) -> tuple[bool, dict[str, Any]]:
         """True where requests can be served and are."""
         report = await self._report()
@@ -81,10 +95,14 @@ class RouterFrontend:
         return self._channel
 
     async def _report(self) -> dict[str, Any]:
+        return await self._ask(Ask)
+
+    async def _ask(self, question: Callable[[int], Ask | Retire]) -> dict[str, Any]:
+        """Ask the router something, under a number; its Report's attachment."""
         channel = self._connected()
         number = next(self._numbers)
         answer = self._reports[number] = asyncio.get_running_loop().create_future()
-        channel.say(Ask(number))
+        channel.say(question(number))
         try:
             return await asyncio.wait_for(answer, REPORT_S)
         except TimeoutError:

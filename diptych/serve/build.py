@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
+from diptych import __version__
 from diptych.config import DEMO, Cluster, WorkerConfig
 from diptych.engine.executor import Executor
 from diptych.engine.layouts import kv_layout
@@ -39,6 +40,29 @@ def layout_of(cluster: Cluster, worker: WorkerConfig) -> Layout:
     return kv_layout(read_facts(cluster.folder), worker.dtype, worker.block_size)
 
 
+def facts_of(cluster: Cluster, worker: WorkerConfig) -> tuple[tuple[str, str], ...]:
+    """What every worker of a cluster must have in common, so that KV means the same everywhere."""
+    layout = layout_of(cluster, worker)
+    return (
+        ("diptych", __version__),
+        ("engine", cluster.engine),
+        ("model", layout.model),
+        ("dtype", worker.dtype),
+        ("block_size", str(worker.block_size)),
+        ("KV layout", layout.card()),
+    )
+
+
+def differences(ours: tuple[tuple[str, str], ...], theirs: tuple[tuple[str, str], ...]) -> str:
+    """In words, where the facts of a worker that would join are not the cluster's; "" where they are."""
+    said = dict(theirs)
+    return "; ".join(
+        f"{name} is {said.get(name, 'not said')!r} there and {value!r} in this cluster"
+        for name, value in ours
+        if said.get(name) != value
+    )
+
+
 def num_blocks_of(layout: Layout, worker: WorkerConfig) -> int:
     """How many blocks a worker's KV memory holds; ConfigError where that is none."""
     num_blocks = worker.kv_bytes // layout.block_bytes
@@ -62,7 +86,7 @@ def build(cluster: Cluster, worker: WorkerConfig) -> Parts:
 
 def cluster_card(cluster: Cluster) -> ModelCard:
     """The card of the model a whole cluster serves: a request must fit into the smallest worker that may write it."""
-    writers = [worker for worker in cluster.workers if worker.role != Role.PREFILL]
+    writers = [worker for worker in cluster.workers if worker.role != Role.PREFILL] or [cluster.guest]
     layout = layout_of(cluster, writers[0])
     return model_card(cluster, layout, min(num_blocks_of(layout_of(cluster, w), w) for w in writers))
 

@@ -5,7 +5,9 @@ tests put a double behind it. Not responsible for HTTP, text or the wire.
 """
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Annotated, Any, Protocol
+
+import msgspec
 
 from diptych.engine.executor import Sampling, Score
 from diptych.modelfacts import Task
@@ -72,6 +74,13 @@ class Chunk:
     vector: bytes = b""
 
 
+class DrainCall(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The body of `POST /workers/{id}/drain`. `force`: also where the worker is the last of its kind."""
+
+    timeout_s: Annotated[float, msgspec.Meta(ge=0, le=1e9)] | None = None  # what is left then goes on elsewhere
+    force: bool = False
+
+
 class Stream(Protocol):
     """The chunks of one request, in order. Nobody calls `get` after the last one."""
 
@@ -92,6 +101,12 @@ class Frontend(Protocol):
         """One row a worker: `id, role, pid, state, running, waiting`, `blocks: {state: number}`.
 
         `kv: {bytes, seconds, transfers, failed}` counts, since its start, what this worker read from its peers.
+        """
+
+    async def drain(self, worker: str, timeout_s: float | None, force: bool) -> dict[str, Any]:
+        """Take a worker out of service: what came of it. Raises NotFound, or Conflict for one that is needed.
+
+        `timeout_s` None: as long as the cluster gives its workers.
         """
 
     async def health(self) -> tuple[bool, dict[str, Any]]:

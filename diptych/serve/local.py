@@ -5,6 +5,7 @@ run one after the other, so pairs give no speed here; they give the same tokens.
 """
 
 import itertools
+import math
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from numpy.typing import NDArray
 from diptych.engine.executor import Sampling, Score
 from diptych.errors import BadRequest, DiptychError, TransferError
 from diptych.journal import Journal
+from diptych.policy.membership import Drain, Drained
 from diptych.policy.messages import (
     Cancel,
     Emit,
@@ -82,9 +84,12 @@ class _WorkerPorts:
     def tell(self, peer: str, message: ToPeer, attachment: bytes) -> None:
         self._cluster.later(lambda: self._cluster.workers[peer].on(message, attachment))
 
-    def report(self, message: Emit | Finish, attachment: bytes) -> None:
+    def report(self, message: Emit | Finish | Drained, attachment: bytes) -> None:
         name = self._parts.policy.spec.name
-        self._cluster.later(lambda: self._cluster.router.heard(name, message, attachment))
+        if isinstance(message, Drained):
+            self._cluster.later(lambda: self._cluster.router.told(message))
+        else:
+            self._cluster.later(lambda: self._cluster.router.heard(name, message, attachment))
 
     def checksum(self, blocks: NDArray[np.int32]) -> NDArray[np.uint64]:
         return checksum(self._parts.pool, blocks)
@@ -151,6 +156,10 @@ class LocalCluster:
                 del self._answers[number]
                 self.router.cancel(number)
 
+    def drain(self, worker: str) -> None:
+        """Give a worker nothing more; it leaves the books when it has done all it has."""
+        self.router.told(Drain(worker, math.inf))
+
     def step(self) -> bool:
         """Do the next thing in the queue; False when there is nothing to do."""
         if not self._queue:
@@ -185,8 +194,11 @@ class LocalCluster:
         """Put something at the end of the queue."""
         self._queue.append(action)
 
-    def send(self, worker: str, order: Place | Cancel, attachment: bytes) -> None:
+    def send(self, worker: str, order: Place | Cancel | Drain, attachment: bytes) -> None:
         self.later(lambda: self.workers[worker].on(order, attachment))
+
+    def dismiss(self, worker: str) -> None:
+        self.router.worker_lost(worker)
 
     def deliver(self, client: Any, message: Deliver, attachment: bytes) -> None:
         answer = self._answers.get(client)

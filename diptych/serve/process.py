@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -26,28 +27,41 @@ log = logging.getLogger(__name__)
 
 
 class Orders(msgspec.Struct, frozen=True):
-    """What a process is to be, and where the others are."""
+    """What a process is to be, and where the others are.
+
+    `host`: by which workers of other hosts call this one, and `bind` the address to listen on for them; None: there are
+    none, and unix sockets will do.
+    """
 
     cluster: Cluster
     runtime: str  # a private folder for sockets
     key: str
     name: str
     incarnation: int = 0
-    fd: int | None = None  # the API's listening socket
+    fd: int | None = None  # a socket that listens: the API's, or the router's for other hosts
+    join: str | None = None  # the router's address, where it is on another host
+    host: str | None = None
+    bind: str | None = None
 
     @property
     def router(self) -> str:
         """The router's address."""
-        return f"unix:{self.runtime}/router.sock"
+        return self.join or f"unix:{self.runtime}/router.sock"
+
+    @property
+    def up(self) -> Path:
+        """A file that a worker makes when it is up, for whoever started it."""
+        return Path(self.runtime, f"{self.name}.{self.incarnation}.up")
 
 
 def run(
-    main: Callable[[Orders], Awaitable[None]],
+    main: Callable[[Orders], Awaitable[int | None]],
     prepare: Callable[[Orders], object] | None = None,
     fragile: bool = True,
 ) -> None:
     """Read orders from standard input and run `main` until it ends; a DiptychError ends the process with its message.
 
+    What `main` returns is the exit status.
     `prepare` runs before the event loop does (importing, loading). fragile: an exception nobody caught ends it too.
     """
     orders = msgspec.json.decode(sys.stdin.buffer.read(), type=Orders)
@@ -57,7 +71,7 @@ def run(
     try:
         if prepare is not None:
             prepare(orders)
-        uvloop.run(_until_told(main(orders), fragile))
+        sys.exit(uvloop.run(until_told(main(orders), fragile)))
     except DiptychError as error:
         print(f"diptych {orders.name}: {error}", file=sys.stderr, flush=True)
         os._exit(3)
@@ -69,15 +83,25 @@ def _die(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
     os._exit(1)
 
 
-async def _until_told(main: Awaitable[None], fragile: bool) -> None:
-    """Run `main` until it ends or SIGTERM comes; then it is cancelled and may clean up."""
+async def until_told(main: Awaitable[int | None], fragile: bool) -> int | None:
+    """Run `main` until it ends or SIGTERM comes: then it is cancelled, unless it has a handler of its own."""
     task = asyncio.ensure_future(main)
     loop = asyncio.get_running_loop()
     loop.add_signal_handler(signal.SIGTERM, task.cancel)
     if fragile:
         loop.set_exception_handler(_die)
     with contextlib.suppress(asyncio.CancelledError):
-        await task
+        return await task
+    return None
+
+
+def settings_of(cores: tuple[int, ...]) -> dict[str, str]:
+    """Environment of a process that computes on these cores, to be set before torch is loaded.
+
+    OpenMP threads that spin while they wait would take the core from whoever they wait for.
+    """
+    threads = str(max(len(cores), 1))
+    return {"OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false"}
 
 
 def die_with_parent() -> None:

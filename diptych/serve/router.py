@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 from diptych.engine.executor import Sampling
 from diptych.journal import Journal
+from diptych.policy.membership import Dismiss, Drain, Drained, LinkDown, LinkUp
 from diptych.policy.messages import (
     WELL,
     Cancel,
@@ -27,6 +28,7 @@ from diptych.policy.messages import (
     RouterEvent,
     RouterOrder,
     Submitted,
+    Tick,
     WorkerLost,
     WorkerUp,
     request_of,
@@ -43,8 +45,11 @@ _GAVE_UP = (Reason.PEER_LOST, Reason.REFUSED, Reason.WORKER_LOST)
 class Ports(Protocol):
     """What the router's driver asks of the world around it. No call waits."""
 
-    def send(self, worker: str, order: Place | Cancel, attachment: bytes) -> None:
+    def send(self, worker: str, order: Place | Cancel | Drain, attachment: bytes) -> None:
         """Send to a worker."""
+
+    def dismiss(self, worker: str) -> None:
+        """Tell a worker to go and hang up on it; `RouterDriver.worker_lost` is to be called."""
 
     def deliver(self, client: Any, message: Deliver, attachment: bytes) -> None:
         """Send tokens, or the end of an answer, to whoever submitted the request."""
@@ -114,6 +119,10 @@ class RouterDriver:
         emitted = tuple((open_.rid, open_.num_written) for open_ in self._open.values() if open_.rid >= 0)
         self._decide(WorkerLost(worker, emitted))
 
+    def told(self, event: LinkDown | LinkUp | Drain | Drained | Tick) -> None:
+        """Who may work with whom has changed, or the time asked for has come."""
+        self._decide(event)
+
     def heard(self, worker: str, message: Emit | Finish, ids: bytes | memoryview) -> None:
         """A worker speaks of an attempt; of attempts that are not the present one nothing is believed any more."""
         request = request_of(message.rid)
@@ -177,8 +186,10 @@ class RouterDriver:
                 open_.rid, open_.began, open_.sequencer = order.rid, False, Sequencer(open_.num_written)
                 ticket = Ticket(open_.tokens.tobytes(), open_.num_prompt, open_.sampling, open_.root)
                 self._ports.send(order.worker, order, pack(ticket))
-            case Cancel():
+            case Cancel() | Drain():
                 self._ports.send(order.worker, order, b"")
+            case Dismiss(worker=worker):
+                self._ports.dismiss(worker)
             case Reject(request=request, status=status, why=why):
                 open_ = self._open.pop(request)
                 self._ports.deliver(open_.client, Deliver(request, "", status, why), b"")

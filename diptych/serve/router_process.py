@@ -1,12 +1,15 @@
 """The router's process: sockets to every worker and API process, and the driver.
 
 Introduces workers to each other: a new one is told who is there, connects to all of them, and only then is given work.
+One that does not fit is refused, one that is done is dismissed.
 Not responsible for decisions (`policy/router.py`) nor for what they mean (`router.py`).
 """
 
 import asyncio
 import itertools
 import logging
+import socket
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,18 +19,37 @@ import msgspec
 
 from diptych.errors import ProtocolError
 from diptych.journal import Journal
-from diptych.policy.messages import Cancel, Cancelled, Emit, Finish, Place, Role, Submitted, WorkerUp
+from diptych.policy.membership import Dismiss, Drain, Drained, LinkDown, LinkUp
+from diptych.policy.messages import Cancel, Cancelled, Emit, Finish, Place, Role, Submitted, Tick, WorkerUp
 from diptych.policy.router import Router
 from diptych.serve import process
+from diptych.serve.build import differences, facts_of
 from diptych.serve.channel import Channel, listen
 from diptych.serve.clock import Clock
 from diptych.serve.router import RouterDriver
-from diptych.serve.wire import Ask, Bye, Deliver, Hello, Meet, Ready, Register, Report, Submit, unpack_ticket
+from diptych.serve.wire import (
+    Ask,
+    Bye,
+    Deliver,
+    Gone,
+    Hello,
+    Meet,
+    Ready,
+    Refuse,
+    Register,
+    Report,
+    Retire,
+    Submit,
+    Terms,
+    unpack_ticket,
+)  # fmt: skip
 
 log = logging.getLogger(__name__)
 
 REPORT_S = 1.0  # how long a worker may take to say how it is
-STALL_S = 30.0  # with requests in flight, a cluster in which no token moved for so long is not healthy
+STALL_S = (
+    30.0  # with requests in flight, a cluster in which no token moved and no step ended for so long is not healthy
+)
 
 
 @dataclass(slots=True)
@@ -70,28 +92,52 @@ class RouterProcess:
         )
         self._clock = Clock()
         self._driver = RouterDriver(Router(cluster.router), self, self._clock, self._journal)
+        self._facts = facts_of(cluster, (*cluster.workers, cluster.guest)[0])
         self._workers: dict[str, Joined] = {}
         self._reports: dict[int, Callable[[bytes], None]] = {}
         self._numbers = itertools.count(1)
+        self._timer: asyncio.TimerHandle | None = None
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def main(self) -> None:
         """Serve until told to stop."""
-        server = await listen(self._orders.router, self._orders.key, "router", self._called)
+        orders = self._orders
+        servers = []
+        if orders.fd is not None:
+            far = socket.socket(fileno=orders.fd)
+            servers.append(await listen(far, orders.key, "router", self._called_from_afar))
+        servers.append(await listen(orders.router, orders.key, "router", self._called))
         try:
             await asyncio.get_running_loop().create_future()
         finally:
-            server.close()
+            for server in servers:
+                server.close()
             if self._journal is not None:
                 self._journal.close()
 
     def _called(self, channel: Channel, hello: Hello) -> None:
-        if hello.kind == "worker":
-            self._worker_called(channel)
-        elif hello.kind == "api":
+        if hello.kind == "api":
             self._client_called(channel)
         else:
-            raise ProtocolError(f"a router has nothing to say to a {hello.kind!r}")
+            self._called_from_afar(channel, hello)
+
+    def _called_from_afar(self, channel: Channel, hello: Hello) -> None:
+        if hello.kind == "worker":
+            self._worker_called(channel)
+        elif hello.kind == "join":
+            self._guest_called(channel)
+        else:
+            raise ProtocolError(f"a router has nothing to say to a {hello.kind!r} over this connection")
+
+    def _guest_called(self, channel: Channel) -> None:
+        """Somebody would join: say what is served here, so that it can get ready. Secrets stay here."""
+        if channel.name in self._workers:
+            channel.say(Refuse(f"a worker {channel.name} is here already; give another --name"))
+            return
+        terms = msgspec.structs.replace(
+            self._orders.cluster, workers=(), api_key=None, cluster_key=None, journal=None, listen=None, address=None
+        )
+        channel.say(Terms(self._facts), msgspec.json.encode(terms))
 
     # --- workers -------------------------------------------------------------------------------------------------
 
@@ -108,6 +154,8 @@ class RouterProcess:
                     self._register(channel, message)
                 case Ready():
                     self._ready(channel)
+                case LinkDown() | LinkUp() | Drain() | Drained():
+                    self._told(channel, replace(message, worker=channel.name))
                 case Bye():
                     self._worker_lost(channel, "it was told to stop", logging.INFO)
                 case _:
@@ -116,16 +164,49 @@ class RouterProcess:
         channel.heard = heard
         channel.lost = lambda why: self._worker_lost(channel, why)
 
+    def _told(self, channel: Channel, event: LinkDown | LinkUp | Drain | Drained) -> None:
+        """A worker says whom it can reach, or that it wants to leave."""
+        joined = self._workers.get(channel.name)
+        if joined is None or joined.channel is not channel:
+            return
+        if joined.up:
+            self._tell(event)
+        elif isinstance(event, Drain):
+            self.dismiss(channel.name)
+
+    def _tell(self, event: LinkDown | LinkUp | Drain | Drained | Tick) -> None:
+        """Let policy know, and wake it when it wants to be."""
+        self._driver.told(event)
+        deadline = self._driver.policy.next_deadline()
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        if deadline is not None:
+            wait_s = max(deadline - time.monotonic(), 0.0) + 1e-3
+            self._timer = asyncio.get_running_loop().call_later(wait_s, self._tell, Tick())
+
     def _register(self, channel: Channel, card: Register) -> None:
+        why = self._objection(channel, card)
         known = self._workers.get(channel.name)
+        if known is not None and known.card.incarnation >= card.incarnation:
+            why = f"a worker {channel.name} is here already; give another --name"
+        if why:
+            log.warning("worker %s is refused: %s", channel.name, why)
+            channel.say(Refuse(why))
+            channel.close(why)
+            return
         if known is not None:
-            if known.card.incarnation >= card.incarnation:
-                channel.close(f"a worker {channel.name} is here already")
-                return
             self._worker_lost(known.channel, "a new incarnation has come")
+            known.channel.close("a new incarnation has come")
         peers = tuple((joined.card.worker, joined.card.address) for joined in self._workers.values())
         self._workers[channel.name] = Joined(channel, card)
         channel.say(Meet(peers))
+
+    def _objection(self, channel: Channel, card: Register) -> str:
+        """Why a worker cannot be part of this cluster, or ""."""
+        if card.worker != channel.name or card.role not in list(Role) or card.num_blocks < 1:
+            return "its card makes no sense"
+        return differences(self._facts, card.facts)
 
     def _ready(self, channel: Channel) -> None:
         joined = self._workers.get(channel.name)
@@ -143,8 +224,24 @@ class RouterProcess:
             return
         log.log(level, "worker %s is lost: %s", channel.name, why)
         del self._workers[channel.name]
+        for other in self._workers.values():
+            other.channel.say(Gone(channel.name, joined.card.incarnation))
         if joined.up:
             self._driver.worker_lost(channel.name)
+
+    def _retire(self, request: Retire) -> dict[str, Any]:
+        """An operator takes a worker out of service: an HTTP status, and what there is to say."""
+        joined, policy = self._workers.get(request.worker), self._driver.policy
+        if joined is None:
+            return {"status": 404, "why": f"there is no worker {request.worker!r}; /workers lists them"}
+        if not joined.up:
+            self.dismiss(request.worker)
+            return {"status": 202, "id": request.worker, "state": "dismissed before it was up"}
+        if not request.force and request.worker not in policy.drains and policy.needs(request.worker):
+            why = f"{request.worker} is the last {joined.card.role} worker that takes requests; to drain it nonetheless"
+            return {"status": 409, "why": f'{why}, say {{"force": true}}'}
+        self._tell(Drain(request.worker, request.timeout_s))
+        return {"status": 202, "id": request.worker, "state": "draining", "timeout_s": request.timeout_s}
 
     # --- API processes -------------------------------------------------------------------------------------------
 
@@ -162,6 +259,8 @@ class RouterProcess:
                         self._driver.cancel(ours)
                 case Ask(number=number):
                     self._spawn(self._report(channel, number))
+                case Retire(number=number):
+                    channel.say(Report(number), msgspec.json.encode(self._retire(message)))
                 case _:
                     raise ProtocolError(f"an API process does not say {type(message).__name__}")
 
@@ -180,14 +279,17 @@ class RouterProcess:
     async def _report(self, channel: Channel, number: int) -> None:
         """Ask every worker how it is; one that does not answer in time is shown as silent."""
         rows = await asyncio.gather(*(self._ask(joined) for joined in list(self._workers.values())))
-        idle_s = self._clock() - self._driver.last_token
+        token_s = self._clock() - self._driver.last_token
+        # A long prompt yields no token for a while, but steps: either is progress.
+        idle_s = min([token_s, *(row["last_step_s"] for row in rows if row.get("last_step_s") is not None)])
         num_open = self._driver.num_open
         paths = self._driver.policy.num_paths()
         state = {
             "healthy": paths > 0 and (num_open == 0 or idle_s < STALL_S),
             "paths": paths,
             "requests": num_open,
-            "last_token_s": round(idle_s, 3),
+            "last_token_s": round(token_s, 3),
+            "last_progress_s": round(idle_s, 3),
             "broken_streams": self._driver.num_broken,
             "totals": self._driver.policy.num,
             "workers": rows,
@@ -200,17 +302,27 @@ class RouterProcess:
         self._reports[number] = lambda data: None if answer.done() else answer.set_result(data)
         card = joined.card
         row: dict[str, Any] = {"id": card.worker, "role": card.role, "pid": card.pid, "incarnation": card.incarnation}
+        row["address"] = card.address
         joined.channel.say(Ask(number))
         try:
             data = await asyncio.wait_for(answer, REPORT_S)
         except TimeoutError:
             self._reports.pop(number, None)
             return row | {"state": "silent"}
-        return row | {"state": "up" if joined.up else "joining"} | msgspec.json.decode(data, type=dict[str, Any])
+        draining = card.worker in self._driver.policy.drains
+        state = "joining" if not joined.up else "draining" if draining else "up"
+        return row | {"state": state} | msgspec.json.decode(data, type=dict[str, Any])
 
     # --- the driver's ports --------------------------------------------------------------------------------------
 
-    def send(self, worker: str, order: Place | Cancel, attachment: bytes) -> None:
+    def dismiss(self, worker: str) -> None:
+        joined = self._workers.get(worker)
+        if joined is not None:
+            joined.channel.say(Dismiss(worker))
+            self._worker_lost(joined.channel, "it was dismissed", logging.INFO)
+            joined.channel.close("it was dismissed")
+
+    def send(self, worker: str, order: Place | Cancel | Drain, attachment: bytes) -> None:
         joined = self._workers.get(worker)
         if joined is not None:  # else it was lost a moment ago, and policy is about to hear so
             joined.channel.say(order, attachment)

@@ -9,6 +9,7 @@ from typing import Any
 import msgspec
 
 from diptych import __version__
+from diptych.serve.frontend import DrainCall
 from diptych.serve.openai import Call
 from diptych.serve.pooling import (
     Classes,
@@ -35,6 +36,7 @@ _BODIES: dict[str, tuple[type, str, type | None]] = {
     "/classify": (ClassifyCall, "The same", Classes),
     "/tokenize": (TokenizeCall, "The token ids of a text or a chat", Tokenized),
     "/detokenize": (DetokenizeCall, "The text of token ids", Detokenized),
+    "/workers/{id}/drain": (DrainCall, "Take a worker out of service; 409 for the last of its kind", None),
 }
 _LOOKS = {
     "/v1/models": "The model that is served",
@@ -69,7 +71,7 @@ def document() -> bytes:
     """The document, as JSON."""
     kinds = {kind for body, _, answer in _BODIES.values() for kind in (body, answer) if kind}
     _, components = msgspec.json.schema_components(kinds, ref_template=_REF)
-    paths = {path: {"post": _post(*parts)} for path, parts in _BODIES.items()}
+    paths = {path: {"post": _post(path, *parts)} for path, parts in _BODIES.items()}
     paths |= {path: {"get": _get(path, what)} for path, what in _LOOKS.items()}
     return msgspec.json.encode(
         {
@@ -85,20 +87,24 @@ def document() -> bytes:
     )
 
 
-def _post(body: type, what: str, answer: type | None) -> dict[str, Any]:
+def _post(path: str, body: type, what: str, answer: type | None) -> dict[str, Any]:
     known = {} if answer is None else {"schema": _reference(answer.__name__)}
     return {
         "summary": what,
+        **_parameters(path),
         "requestBody": {"required": True, "content": {"application/json": {"schema": _reference(body.__name__)}}},
         "responses": {"200": {"description": "OK", "content": {"application/json": known}}, **_errors()},
     }
 
 
 def _get(path: str, what: str) -> dict[str, Any]:
-    found: dict[str, Any] = {"summary": what, "responses": {"200": {"description": "OK"}, **_errors()}}
-    if "{name}" in path:
-        found["parameters"] = [{"name": "name", "in": "path", "required": True, "schema": {"type": "string"}}]
-    return found
+    return {"summary": what, **_parameters(path), "responses": {"200": {"description": "OK"}, **_errors()}}
+
+
+def _parameters(path: str) -> dict[str, Any]:
+    named = [name.partition("}")[0] for name in path.split("{")[1:]]
+    found = [{"name": name, "in": "path", "required": True, "schema": {"type": "string"}} for name in named]
+    return {"parameters": found} if found else {}
 
 
 def _errors() -> dict[str, Any]:

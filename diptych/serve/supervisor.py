@@ -1,8 +1,8 @@
 """Starts the processes of a cluster on this host, watches them, and stops them in order.
 
-A worker that ends is started again as a new incarnation, later each time it fails soon; the router and the API process
-are needed, so if one of them ends everything stops with a reason. Not responsible for other hosts: a worker that joins
-by address is what a cluster manager starts.
+A worker that ends is started again as a new incarnation, later each time it fails early, unless it was drained; the
+router and the API process are needed, so if one of them ends everything stops with a reason. Not responsible for other
+hosts: there a worker joins by address (`join.py`), and whoever started it watches it.
 """
 
 import contextlib
@@ -28,11 +28,13 @@ import msgspec
 from diptych.config import Cluster
 from diptych.errors import ConfigError, DiptychError
 from diptych.journal import refuse_used
-from diptych.serve.process import Orders
+from diptych.serve.channel import join_host, split_host
+from diptych.serve.process import Orders, settings_of
 
 START_S = 120.0  # how long a cluster may take to be ready (loading a large model)
 STOP_S = 8.0  # how long a process may take to stop before it is killed
-SOON_S = 10.0  # a worker that ends within this long of its start has failed
+DRAIN_S = 3.0  # how long workers may take to drain when everything stops; nobody asks anything any more
+SOON_S = 10.0  # a worker that ends before it was up, or within this long of its start, has failed
 MAX_FAILURES = 5  # failures in a row after which a worker is given up
 POLL_S = 0.1
 
@@ -44,6 +46,7 @@ class Child:
     name: str
     module: str
     process: "subprocess.Popen[bytes] | None" = None
+    up: Path = Path()  # a file that is there once this incarnation has been up
     incarnation: int = 0
     started: float = 0.0
     failures: int = 0
@@ -61,11 +64,12 @@ class Supervisor:
     def __enter__(self) -> "Supervisor":
         if self.cluster.journal:
             refuse_used(Path(self.cluster.journal))
-        self._socket = _listen(self.cluster.host, self.cluster.port)
-        self.port: int = self._socket.getsockname()[1]
+        self._sockets = {"api": _listen(self.cluster.host, self.cluster.port, "--port")}
+        self.port: int = self._sockets["api"].getsockname()[1]
         self.runtime = tempfile.mkdtemp(prefix="diptych-")
-        self.key = secrets.token_hex(16)
+        self.key = self.cluster.cluster_key or secrets.token_hex(16)
         try:
+            self._open_to_others()
             self._start(Child("router", "diptych.serve.router_process"))
             self._wait_for_router()
             for worker in self.cluster.workers:
@@ -75,7 +79,8 @@ class Supervisor:
             self.stop()
             raise
         finally:
-            self._socket.close()  # the API process has it
+            for sock in self._sockets.values():
+                sock.close()  # the API process and the router have them
         return self
 
     def __exit__(
@@ -89,13 +94,29 @@ class Supervisor:
         host = self.cluster.host
         return f"http://{f'[{host}]' if ':' in host else host}:{self.port}"
 
+    def _open_to_others(self) -> None:
+        """Bind where workers of other hosts call, and write the key to a file where nobody else can know it yet."""
+        self.joining: str | None = None  # what they are to be told: the address, and the flag for the key
+        if self.cluster.listen is None:
+            return
+        host, port = split_host(self.cluster.listen)
+        sock = self._sockets["router"] = _listen(host, port, "--listen")
+        self.joining = f"--join {join_host(self.cluster.address or host, sock.getsockname()[1])}"
+        if self.cluster.cluster_key is None:
+            path = Path(self.runtime, "cluster.key")
+            path.touch(mode=0o600)
+            path.write_text(f"{self.key}\n")
+            self.joining += f" --key-file {path}"
+
     def wait_ready(self, timeout_s: float = START_S) -> None:
         """Return when every worker is up; DiptychError when a process ends before, or it takes too long."""
         deadline = time.monotonic() + timeout_s
         while time.monotonic() < deadline:
             self._check(restart=False)
-            rows = (self._get("/workers") or {}).get("workers", [])
-            if sum(row["state"] == "up" for row in rows) == len(self.cluster.workers):
+            answer = self._get("/workers")
+            rows = (answer or {}).get("workers", [])
+            up = {row["id"] for row in rows if row["state"] == "up"}
+            if answer is not None and up >= {worker.name for worker in self.cluster.workers}:
                 return
             time.sleep(POLL_S)
         raise DiptychError(f"the cluster was not ready after {timeout_s:g} s; what it printed says why")
@@ -114,18 +135,29 @@ class Supervisor:
                 group = [c for c in self.children if c.process and by_order.get(c.name, 1) == order]
                 for child in group:
                     _signal(child, signal.SIGTERM)
-                deadline = time.monotonic() + STOP_S
+                began = time.monotonic()
+                if order == 1:
+                    _wait_all(group, began + DRAIN_S)
+                    for child in group:  # what is not empty by now leaves at once
+                        _signal(child, signal.SIGTERM)
+                _wait_all(group, began + STOP_S)
                 for child in group:
-                    _wait(child, deadline)
+                    _kill(child)
             shutil.rmtree(self.runtime, ignore_errors=True)
 
     def _start(self, child: Child) -> None:
-        fds = (self._socket.fileno(),) if child.name == "api" else ()
-        orders = Orders(self.cluster, self.runtime, self.key, child.name, child.incarnation, fds[0] if fds else None)
+        fds = (self._sockets[child.name].fileno(),) if child.name in self._sockets else ()
+        others = self.cluster.listen is not None
+        orders = Orders(
+            self.cluster, self.runtime, self.key, child.name, child.incarnation, fds[0] if fds else None,
+            host=self.cluster.address if others else None,
+            bind=split_host(self.cluster.listen)[0] if self.cluster.listen else None,
+        )  # fmt: skip
+        child.up = orders.up
         child.process = subprocess.Popen(
             [sys.executable, "-m", child.module],
             stdin=subprocess.PIPE,
-            env=_environment(self.cluster, child.name),
+            env=os.environ | settings_of(self._cores(child.name)),
             pass_fds=fds,
         )
         assert child.process.stdin is not None
@@ -134,6 +166,9 @@ class Supervisor:
         child.started, child.restart_at = time.monotonic(), None
         if child not in self.children:
             self.children.append(child)
+
+    def _cores(self, name: str) -> tuple[int, ...]:
+        return next((worker.cores for worker in self.cluster.workers if worker.name == name), ())
 
     def _wait_for_router(self) -> None:
         deadline = time.monotonic() + START_S
@@ -153,13 +188,18 @@ class Supervisor:
                 continue
             if child.process is None or child.process.poll() is None:
                 continue
+            if child.process.returncode == 0 and restart and child.name not in ("router", "api"):
+                self.on_event(f"{child.name} was drained and has left")
+                child.process = None
+                continue
             why = f"{child.name} ended with status {child.process.returncode}"
             if not restart or child.name in ("router", "api"):
                 raise DiptychError(f"{why}; what it printed says why")
             self._plan_restart(child, now, why)
 
     def _plan_restart(self, child: Child, now: float, why: str) -> None:
-        child.failures = child.failures + 1 if now - child.started < SOON_S else 1
+        early = not child.up.exists() or now - child.started < SOON_S
+        child.failures = child.failures + 1 if early else 1
         if child.failures > MAX_FAILURES:
             self.on_event(f"{why}, {child.failures} times in a row; it is given up")
             child.process = None
@@ -184,13 +224,6 @@ class Supervisor:
             connection.close()
 
 
-def _environment(cluster: Cluster, name: str) -> dict[str, str]:
-    """OpenMP threads that spin while they wait would take the core from whoever they wait for."""
-    worker = next((w for w in cluster.workers if w.name == name), None)
-    threads = str(max(len(worker.cores), 1)) if worker else "1"
-    return os.environ | {"OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false"}
-
-
 @contextlib.contextmanager
 def _undisturbed() -> Iterator[None]:
     """Being told to stop once more is no reason to stop halfway."""
@@ -205,7 +238,7 @@ def _undisturbed() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _listen(host: str, port: int) -> socket.socket:
+def _listen(host: str, port: int, flag: str) -> socket.socket:
     """Bind before anything is started: a port in use is said at once."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     sock = socket.socket(family, socket.SOCK_STREAM)
@@ -214,7 +247,7 @@ def _listen(host: str, port: int) -> socket.socket:
         sock.bind((host, port))
         sock.listen(2048)
     except OSError as error:
-        raise ConfigError(f"cannot listen on {host}:{port}: {error.strerror}; choose another --port") from None
+        raise ConfigError(f"cannot listen on {host}:{port}: {error.strerror}; choose another {flag}") from None
     return sock
 
 
@@ -223,10 +256,14 @@ def _signal(child: Child, number: int) -> None:
         child.process.send_signal(number)
 
 
-def _wait(child: Child, deadline: float) -> None:
-    assert child.process is not None
-    try:
-        child.process.wait(max(deadline - time.monotonic(), 0.1))
-    except subprocess.TimeoutExpired:
+def _wait_all(children: list[Child], deadline: float) -> None:
+    for child in children:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            assert child.process is not None
+            child.process.wait(max(deadline - time.monotonic(), 0.05))
+
+
+def _kill(child: Child) -> None:
+    if child.process is not None and child.process.poll() is None:
         child.process.kill()
         child.process.wait()

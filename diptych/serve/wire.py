@@ -5,6 +5,7 @@ is something to say) with `Emit`, `Finish` and `Deliver`, checksums (and the fir
 responsible for sockets (`channel.py`).
 """
 
+import hmac
 from array import array
 from dataclasses import dataclass
 
@@ -16,27 +17,54 @@ from diptych.errors import ProtocolError
 
 
 @dataclass(frozen=True, slots=True)
-class Hello:
-    """First word on every connection: who is calling, and the cluster's key."""
+class Challenge:
+    """First word on every connection, from the side that was called: a number nobody has used before."""
 
-    kind: str  # "worker", "api" or "peer"
+    nonce: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Hello:
+    """Who is calling, a nonce of its own, and the proof that it knows the cluster's key, which itself never travels."""
+
+    kind: str  # "worker", "join", "api" or "peer"
     name: str
     incarnation: int
-    key: str
+    nonce: bytes = b""
+    proof: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)
 class Welcome:
-    """The answer to a Hello that was accepted."""
+    """The answer to a Hello that was accepted: who was called, and the proof that it knows the key, too."""
 
     name: str
+    proof: bytes = b""
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """The router to whoever would join: what all workers must have in common, and how they are set up here.
+
+    The attachment is the JSON of a `Cluster`.
+    """
+
+    facts: tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Refuse:
+    """The router to a worker that cannot be part of this cluster: what would have to change."""
+
+    why: str
 
 
 @dataclass(frozen=True, slots=True)
 class Register:
     """A worker tells the router, and its peers, what it is.
 
-    `address` is where peers call it; `transport` describes how its blocks are read.
+    `address` is where peers call it; `transport` describes how its blocks are read. `facts` are what all workers of a
+    cluster must have in common.
     """
 
     worker: str
@@ -47,6 +75,7 @@ class Register:
     block_size: int
     address: str
     transport: bytes
+    facts: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +90,14 @@ class Ready:
     """To the router: I am connected to every peer I was told of. To a peer: I can read your blocks."""
 
     worker: str
+
+
+@dataclass(frozen=True, slots=True)
+class Gone:
+    """The router to all workers: that one has left for good; call it no more."""
+
+    worker: str
+    incarnation: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,12 +140,43 @@ class Report:
 
 
 @dataclass(frozen=True, slots=True)
+class Retire:
+    """An API process: take a worker out of service. Answered by a Report; its attachment has an HTTP status and why."""
+
+    number: int
+    worker: str
+    timeout_s: float
+    force: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Bye:
     """A worker that was told to stop is about to hang up."""
 
 
-_OWN_TYPES = (Hello, Welcome, Register, Meet, Ready, Submit, Deliver, Ask, Report, Bye)
+_OWN_TYPES = (
+    Challenge, Hello, Welcome, Terms, Refuse, Register, Meet, Ready, Gone, Submit, Deliver, Ask, Report, Retire, Bye,
+)  # fmt: skip
 CODEC = journal.POLICY.including(journal.Codec(_OWN_TYPES, first_code=64))
+
+
+NONCE_BYTES = 32
+_ENCODER = msgspec.msgpack.Encoder()
+
+
+def caller_proof(key: str, challenge: bytes, hello: Hello) -> bytes:
+    """What only a caller that knows the key can say to this challenge, for this hello (HMAC-SHA256, RFC 2104)."""
+    return _proof(key, "caller", challenge, hello, "")
+
+
+def called_proof(key: str, challenge: bytes, hello: Hello, name: str) -> bytes:
+    """What only a called side of that name that knows the key can answer to this hello."""
+    return _proof(key, "called", challenge, hello, name)
+
+
+def _proof(key: str, side: str, challenge: bytes, hello: Hello, name: str) -> bytes:
+    said = (side, challenge, hello.nonce, hello.kind, hello.name, hello.incarnation, name)
+    return hmac.digest(key.encode(), _ENCODER.encode(said), "sha256")
 
 
 class Ticket(msgspec.Struct, frozen=True, array_like=True):
@@ -140,7 +208,6 @@ class Extra(msgspec.Struct, frozen=True, array_like=True):
 NO_EXTRA = Extra()
 
 _EXTRA = msgspec.msgpack.Decoder(Extra)
-_ENCODER = msgspec.msgpack.Encoder()
 _TICKET = msgspec.msgpack.Decoder(Ticket)
 
 

@@ -17,15 +17,12 @@ from numpy.typing import NDArray
 from diptych.engine.executor import Result, Sampling, Score
 from diptych.journal import Journal
 from diptych.policy.hashes import block_hashes, chain
+from diptych.policy.membership import Drained
 from diptych.policy.messages import (
-    Answer,
-    Beat,
     CancelPull,
-    Done,
-    Drop,
     Emit,
     Finish,
-    Offer,
+    Handover,
     Place,
     Publish,
     Pull,
@@ -33,21 +30,21 @@ from diptych.policy.messages import (
     Read,
     ReadFailed,
     Reason,
-    Revoke,
+    Retention,
     Role,
     Run,
     StepDone,
     WorkerEvent,
     WorkerOrder,
 )
-from diptych.policy.retention import Release, Replicate, Replicated
+from diptych.policy.retention import Replicate
 from diptych.policy.worker import Worker
 from diptych.serve.wire import Extra, pack_emit, pack_ids, unpack_ids, unpack_sums, unpack_ticket
 from diptych.transfer.seam import Plan
 
 MAX_EARLY = 1024  # requests a peer may speak of before our own Place comes
 
-ToPeer = Offer | Publish | Done | Answer | Revoke | Drop | Beat | Replicate | Replicated | Release
+ToPeer = Handover | Retention
 
 
 class Ports(Protocol):
@@ -68,7 +65,7 @@ class Ports(Protocol):
     def tell(self, peer: str, message: ToPeer, attachment: bytes) -> None:
         """Send to a peer."""
 
-    def report(self, message: Emit | Finish, attachment: bytes) -> None:
+    def report(self, message: Emit | Finish | Drained, attachment: bytes) -> None:
         """Send to the router."""
 
     def checksum(self, blocks: NDArray[np.int32]) -> NDArray[np.uint64]:
@@ -104,6 +101,7 @@ class WorkerDriver:
     def __init__(self, policy: Worker, ports: Ports, clock: Callable[[], float], journal: Journal | None):
         self.policy = policy
         self.num_steps = 0
+        self._last_step: float | None = None  # when one was last done
         self.num_kv_bytes = self.num_transfers = self.num_failed = 0
         self.kv_seconds = 0.0
         self.resumed = dict.fromkeys(("requests", "prompt_tokens", "written_tokens"), 0)  # computed again, after a loss
@@ -140,6 +138,7 @@ class WorkerDriver:
         """The executor is done with a step."""
         run = self._steps.pop(step)
         self.num_steps += 1
+        self._last_step = self._clock()
         self._keep_scores(result)
         for rid, vector in result.vectors.items():
             if rid in self._held:
@@ -190,6 +189,8 @@ class WorkerDriver:
                 self._ports.pull(order, Plan(source, target, np.array(self._expected(order), np.uint64)))
             case CancelPull(pull=pull):
                 self._ports.cancel_pull(pull)
+            case Drained():
+                self._ports.report(order, b"")
             case _:
                 self._tell(order, b"")
 
@@ -302,6 +303,7 @@ class WorkerDriver:
             "kept": len(policy.keep),
             "resumed": self.resumed,
             "steps": self.num_steps,
+            "last_step_s": None if self._last_step is None else round(self._clock() - self._last_step, 3),
             "blocks": policy.pool.counts(),
             "balanced": policy.pool.balanced(),
             "journal_lost": self._journal.num_lost if self._journal is not None else 0,

@@ -1,16 +1,20 @@
-"""A worker's process: sockets to the router and to every peer, a compute thread, a transport, and the driver.
+"""A worker's process: a socket to the router, its peers, a compute thread, a transport, and the driver.
 
-Not responsible for decisions (`policy/worker.py`) nor for what they mean (`worker.py`).
+Started by a supervisor, or by `diptych worker` on another host (`join.py`). Told to stop, it drains; it ends with
+status 0 only when the router has dismissed it. Not responsible for decisions (`policy/worker.py`), nor for what they
+mean (`worker.py`), nor for connections to peers (`peers.py`).
 """
 
 import asyncio
 import gc
 import logging
 import os
+import signal
 import time
-from functools import partial
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -19,6 +23,7 @@ from numpy.typing import NDArray
 from diptych.engine.executor import Sampling
 from diptych.errors import ProtocolError, TransferError
 from diptych.journal import Journal
+from diptych.policy.membership import Dismiss, Drain, Drained
 from diptych.policy.messages import (
     Cancel,
     Emit,
@@ -33,37 +38,28 @@ from diptych.policy.messages import (
     Tick,
 )
 from diptych.serve import process
-from diptych.serve.build import Parts, build
-from diptych.serve.channel import Channel, call, listen
+from diptych.serve.build import Parts, build, facts_of
+from diptych.serve.channel import Channel, call, join_host, listen
 from diptych.serve.clock import Clock
 from diptych.serve.compute import ComputeThread
-from diptych.serve.wire import Ask, Bye, Hello, Meet, Ready, Register, Report
+from diptych.serve.peers import Peers
+from diptych.serve.wire import Ask, Bye, Gone, Hello, Meet, Ready, Refuse, Register, Report
 from diptych.serve.worker import ToPeer, WorkerDriver
-from diptych.transfer.seam import Peer, Plan, Transfer
+from diptych.transfer.seam import Plan, Transfer, Transport
 from diptych.transfer.shm import ShmTransport
 
 log = logging.getLogger(__name__)
 
 READ_DEADLINE_S = 10.0
-JOIN_S = 5.0  # how long a peer may take to answer, and then to be ready
-_FROM_PEERS = get_args(ToPeer)
-
-
-class Link:
-    """One peer: its control channel, and its blocks."""
-
-    def __init__(self, name: str, channel: Channel, source: Peer):
-        self.name = name
-        self.channel = channel
-        self.source = source
 
 
 class WorkerProcess:
-    """Implements the driver's ports over real sockets, threads and memory."""
+    """Implements the driver's ports over real sockets, threads and memory. `on_event` hears in words how it goes."""
 
-    def __init__(self, orders: process.Orders, parts: Parts):
+    def __init__(self, orders: process.Orders, parts: Parts, on_event: Callable[[str], None] = log.info):
         self._orders = orders
         self._parts = parts
+        self._on_event = on_event
         self._loop = asyncio.get_running_loop()
         spec = parts.policy.spec
         self._name = spec.name
@@ -71,42 +67,65 @@ class WorkerProcess:
         self._journal = Journal(Path(folder), spec.name, orders.incarnation, spec) if folder else None
         self._driver = WorkerDriver(parts.policy, self, Clock(), self._journal)
         self._compute = ComputeThread(parts.executor, spec.depth, self._ran)
-        self._transport = ShmTransport(spec.name, orders.incarnation, f"{orders.runtime}/shm")
-        self._links: dict[str, Link] = {}
+        self._transport = kv_transport(orders)
+        self._hello = Hello("peer", self._name, orders.incarnation)
+        self._peers = Peers(
+            self._hello, orders.key, self._transport, self._card, self._on, lambda peer: self._on(PeerLost(peer)),
+            lambda message: self._router.say(message),
+        )  # fmt: skip
         self._reads: dict[int, Transfer] = {}
         self._cancelled: set[int] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self._timer: asyncio.TimerHandle | None = None
         self._deadline: float | None = None  # what the timer is set to
         self._router: Channel
-        self._over: asyncio.Future[str] = self._loop.create_future()
+        self._address = ""
+        self._asked_to_stop = False
+        self._over: asyncio.Future[tuple[int, str]] = self._loop.create_future()
 
-    async def main(self) -> None:
-        """Join the cluster, and work until the router is gone or we are told to stop."""
+    async def main(self) -> int:
+        """Join the cluster, and work until the router is gone or we are told to go. Returns the exit status.
+
+        0: drained and dismissed. 1: the router is gone, or we left at once. 2: refused, and the reason was said.
+        """
         self._transport.register(self._parts.pool)
-        server = await listen(self._address, self._orders.key, self._name, self._called)
-        hello = Hello("worker", self._name, self._orders.incarnation, self._orders.key)
-        self._router = await call(self._orders.router, hello, self._meet_router)
+        server = await self._listen()
+        self._router = await call(
+            self._orders.router, self._orders.key, replace(self._hello, kind="worker"), self._meet_router
+        )
         self._router.say(self._card())
+        for number in (signal.SIGTERM, signal.SIGINT) if self._orders.join else (signal.SIGTERM,):
+            self._loop.add_signal_handler(number, self._stop)
         gc.collect()
         gc.freeze()  # what is loaded stays: no collection should walk it again
         try:
-            log.info("ends: %s", await self._over)
+            status, why = await self._over
+            self._on_event(why)
+            return status
         finally:
             self._router.say(Bye())
             self._router.flush()
             server.close()
+            self._peers.close()
             self._compute.stop()
             await self._transport.close(1.0)
             if self._journal is not None:
                 self._journal.close()
 
-    @property
-    def _address(self) -> str:
-        return f"unix:{self._orders.runtime}/{self._name}.{self._orders.incarnation}.sock"
+    async def _listen(self) -> asyncio.Server:
+        """Where peers call us: over TCP where there are other hosts, at a port of the kernel's choice."""
+        orders = self._orders
+        if orders.host is None:
+            self._address = f"unix:{orders.runtime}/{self._name}.{orders.incarnation}.sock"
+            return await listen(self._address, orders.key, self._name, self._peers.be_called)
+        where = join_host(orders.bind or orders.host, 0)
+        server = await listen(f"tcp:{where}", orders.key, self._name, self._peers.be_called)
+        self._address = f"tcp:{join_host(orders.host, server.sockets[0].getsockname()[1])}"
+        return server
 
     def _card(self) -> Register:
         spec = self._parts.policy.spec
+        cluster = self._orders.cluster
         return Register(
             worker=self._name,
             incarnation=self._orders.incarnation,
@@ -116,100 +135,54 @@ class WorkerProcess:
             block_size=spec.block_size,
             address=self._address,
             transport=self._transport.describe(),
+            facts=facts_of(cluster, next(w for w in cluster.workers if w.name == self._name)),
         )
+
+    def _stop(self) -> None:
+        """Told to stop: first finish what is here, as if an operator had drained us; told again: leave at once."""
+        if self._asked_to_stop:
+            self._end(1, "left at once; what it had goes on elsewhere")
+            return
+        self._asked_to_stop = True
+        timeout_s = self._orders.cluster.drain_timeout_s
+        self._on_event(f"draining for at most {timeout_s:g} s; once more, and it leaves at once")
+        self._router.say(Drain(self._name, timeout_s))
+
+    def _end(self, status: int, why: str) -> None:
+        if not self._over.done():
+            self._over.set_result((status, why))
 
     # --- the router ----------------------------------------------------------------------------------------------
 
     def _meet_router(self, channel: Channel) -> None:
         channel.heard = self._heard_router
-        channel.lost = lambda why: None if self._over.done() else self._over.set_result(f"the router is gone: {why}")
+        channel.lost = lambda why: self._end(1, f"the router is gone: {why}")
 
     def _heard_router(self, message: Any, attachment: memoryview) -> None:
         match message:
-            case Place() | Cancel():
+            case Place() | Cancel() | Drain():
                 self._on(message, attachment)
             case Meet():
                 self._spawn(self._meet(message))
+            case Gone(worker=worker):
+                self._peers.forget(worker)
             case Ask(number=number):
                 state = self._driver.state() | {"pid": os.getpid(), "incarnation": self._orders.incarnation}
                 self._router.say(Report(number), msgspec.json.encode(state))
+            case Dismiss():
+                self._end(0, "drained: it has left the cluster")
+            case Refuse(why=why):
+                self._end(2, f"refused: {why}")
             case _:
                 raise ProtocolError(f"a router does not say {type(message).__name__}")
 
     async def _meet(self, message: Meet) -> None:
         """Connect to every worker that is there already, both ways, then report ready."""
-        await asyncio.gather(*(self._call_peer(address) for name, address in message.peers if name != self._name))
+        await self._peers.meet(tuple((name, address) for name, address in message.peers if name != self._name))
         self._router.say(Ready(self._name))
-
-    # --- peers ---------------------------------------------------------------------------------------------------
-
-    async def _call_peer(self, address: str) -> None:
-        ready: asyncio.Future[None] = self._loop.create_future()
-        hello = Hello("peer", self._name, self._orders.incarnation, self._orders.key)
-        try:
-            channel = await call(address, hello, partial(self._meet_peer, ready=ready), JOIN_S)
-            channel.say(self._card())
-            await asyncio.wait_for(ready, JOIN_S)
-        except (TransferError, TimeoutError) as error:  # a peer that is dead or hangs is no reason not to work
-            log.warning("peer at %s: %s", address, error or "it did not get ready in time")
-
-    def _called(self, channel: Channel, hello: Hello) -> None:
-        self._meet_peer(channel)
-        channel.say(self._card())
-
-    def _meet_peer(self, channel: Channel, ready: asyncio.Future[None] | None = None) -> None:
-        """Both sides send their card, connect to the other's blocks and then say Ready; `ready` is set on both."""
-        state = {"linked": False, "ready": False}
-
-        def step(key: str) -> None:
-            state[key] = True
-            if all(state.values()) and ready is not None and not ready.done():
-                ready.set_result(None)
-
-        async def link(card: Register) -> None:
-            try:
-                source = await self._transport.connect(card.transport)
-            except TransferError as error:
-                log.error("cannot read the blocks of %s: %s", card.worker, error)
-                channel.close(str(error))
-                return
-            self._link(Link(card.worker, channel, source))
-            channel.say(Ready(self._name))
-            step("linked")
-
-        def heard(message: Any, attachment: memoryview) -> None:
-            match message:
-                case Register():
-                    self._spawn(link(message))
-                case Ready():
-                    step("ready")
-                case _ if isinstance(message, _FROM_PEERS):
-                    self._on(message, attachment)
-                case _:
-                    raise ProtocolError(f"a peer does not say {type(message).__name__}")
-
-        def lost(why: str) -> None:
-            self._unlink(channel, why)
-            if ready is not None and not ready.done():
-                ready.set_result(None)  # a peer that died while we met it is no reason not to work
-
-        channel.heard, channel.lost = heard, lost
-
-    def _link(self, link: Link) -> None:
-        if link.name in self._links:
-            self._unlink(self._links[link.name].channel, "it called again")
-        self._links[link.name] = link
-        link.source.lost.add_done_callback(lambda reason: self._unlink(link.channel, reason.result()))
-
-    def _unlink(self, channel: Channel, why: str) -> None:
-        """A peer is gone; say so once, and let go of its memory."""
-        link = next((link for link in self._links.values() if link.channel is channel), None)
-        if link is None:
-            return
-        del self._links[link.name]
-        channel.close()
-        self._spawn(link.source.close())
-        self._on(PeerLost(link.name))
+        self._peers.be_up()
+        self._orders.up.touch()
+        self._on_event(f"joined the cluster as {self._name}: up")
 
     # --- the driver's ports --------------------------------------------------------------------------------------
 
@@ -226,20 +199,20 @@ class WorkerProcess:
         self._compute.run(step)
 
     def tell(self, peer: str, message: ToPeer, attachment: bytes) -> None:
-        link = self._links.get(peer)
+        link = self._peers.get(peer)
         if link is not None:
             link.channel.say(message, attachment)
         else:
             self._loop.call_soon(self._on, PeerLost(peer))
 
-    def report(self, message: Emit | Finish, attachment: bytes) -> None:
+    def report(self, message: Emit | Finish | Drained, attachment: bytes) -> None:
         self._router.say(message, attachment)
 
     def checksum(self, blocks: NDArray[np.int32]) -> NDArray[np.uint64]:
         return self._transport.checksum(blocks)
 
     def pull(self, order: Pull, plan: Plan) -> None:
-        link = self._links.get(order.peer)
+        link = self._peers.get(order.peer)
         if link is None:
             self._loop.call_soon(self._on, ReadFailed(order.pull, f"no connection to {order.peer}"))
             self._loop.call_soon(self._on, Settled(order.pull))
@@ -300,20 +273,27 @@ class WorkerProcess:
         task.add_done_callback(self._tasks.discard)
 
 
+def kv_transport(orders: process.Orders) -> Transport:
+    """What carries KV from and to this worker. Every host can be reached over TCP at `orders.host`, if there is one."""
+    return ShmTransport(orders.name, orders.incarnation, f"{orders.runtime}/shm")
+
+
+def prepare(orders: process.Orders) -> Parts:
+    """Everything that takes long and needs no connection: pin to cores, load the model."""
+    worker = next(w for w in orders.cluster.workers if w.name == orders.name)
+    if worker.cores:
+        os.sched_setaffinity(0, worker.cores)
+    return build(orders.cluster, worker)
+
+
 def main() -> None:
     """The process's entry."""
     parts: list[Parts] = []
 
-    def prepare(orders: process.Orders) -> None:
-        worker = next(w for w in orders.cluster.workers if w.name == orders.name)
-        if worker.cores:
-            os.sched_setaffinity(0, worker.cores)
-        parts.append(build(orders.cluster, worker))
+    async def work(orders: process.Orders) -> int:
+        return await WorkerProcess(orders, parts[0]).main()
 
-    async def work(orders: process.Orders) -> None:
-        await WorkerProcess(orders, parts[0]).main()
-
-    process.run(work, prepare)
+    process.run(work, lambda orders: parts.append(prepare(orders)))
 
 
 if __name__ == "__main__":

@@ -1,12 +1,14 @@
-"""What may go wrong in a simulated cluster, and how messages are delayed: from a calm day to a rough one.
+"""What may go wrong in a simulated cluster, who comes and goes, and how messages are delayed: from calm to rough.
 
 Not responsible for what policies make of it.
 """
 
 from dataclasses import dataclass
+from math import inf
 from random import Random
 from typing import Protocol
 
+from diptych.policy.batching import WorkerSpec
 from diptych.policy.messages import Pull
 
 
@@ -27,7 +29,34 @@ class WorkerDies:
     back_after_s: float | None = None
 
 
-Happening = ClientGone | WorkerDies
+@dataclass(frozen=True, slots=True)
+class WorkerJoins:
+    """A worker that was not there at the start comes up."""
+
+    time_s: float
+    spec: WorkerSpec
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerDrains:
+    """An operator takes a worker out of service; what is left there after `timeout_s` goes on elsewhere."""
+
+    time_s: float
+    worker: str
+    timeout_s: float = inf
+
+
+@dataclass(frozen=True, slots=True)
+class LinkBreaks:
+    """Two workers that live lose their connection; after `back_after_s` they have one again (None: never)."""
+
+    time_s: float
+    one: str
+    other: str
+    back_after_s: float | None = None
+
+
+Happening = ClientGone | WorkerDies | WorkerJoins | WorkerDrains | LinkBreaks
 
 
 class Conditions(Protocol):

@@ -11,37 +11,31 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from diptych.policy.batching import WorkerSpec
+from diptych.policy.membership import Drained
 from diptych.policy.messages import (
-    Answer,
-    Beat,
-    Cancelled,
     CancelPull,
-    Done,
-    Drop,
     Emit,
     Finish,
+    Handover,
     Message,
-    Offer,
     PeerLost,
     Place,
-    Publish,
     Pull,
-    Revoke,
+    Retention,
     RouterEvent,
     Run,
     Submitted,
     Tick,
     WorkerEvent,
-    WorkerLost,
     WorkerOrder,
     WorkerUp,
     request_of,
 )
-from diptych.policy.retention import Release, Replicate, Replicated
 from diptych.policy.router import Router, RouterSpec
 from diptych.sim.agenda import Agenda, instant, not_before, seconds
-from diptych.sim.conditions import Calm, ClientGone, Conditions, Happening
+from diptych.sim.conditions import Calm, Conditions, Happening, WorkerJoins
 from diptych.sim.costs import Costs, Link
+from diptych.sim.fates import Fates
 from diptych.sim.machine import Execution, Machine
 from diptych.sim.reads import Reads
 from diptych.sim.router import ROUTER as ROUTER
@@ -49,7 +43,7 @@ from diptych.sim.router import Report, RouterSide
 from diptych.sim.streams import Stream, Stretch
 from diptych.sim.workload import Arrival
 
-PeerMessage = Offer | Publish | Done | Answer | Revoke | Drop | Beat | Replicate | Replicated | Release
+PeerMessage = Handover | Retention
 Observer = Callable[[float, str, Message, Sequence[Message]], None]
 
 
@@ -100,6 +94,7 @@ class Simulation:
         bulk: bool = True,
         num_events: int | None = None,
     ):
+        cluster = [*cluster, *(what.spec for what in happenings if isinstance(what, WorkerJoins))]
         if len({spec.name for spec in cluster}) < len(cluster) or ROUTER in {spec.name for spec in cluster}:
             raise ValueError("workers need names of their own")
         if len({spec.block_size for spec in cluster}) > 1:
@@ -107,7 +102,11 @@ class Simulation:
         arrivals = list(arrivals)
         self.agenda = Agenda()
         self.machines = {s.name: Machine(i, s, costs.of(s.name), arrivals) for i, s in enumerate(cluster)}
+        for what in happenings:
+            if isinstance(what, WorkerJoins):
+                self.machines[what.spec.name].alive = False
         self.front = RouterSide(self, router, arrivals)
+        self.fates = Fates(self)
         self._conditions = conditions or Calm(costs.message_s, costs.settle_s)
         self.reads = Reads(self, link, self._conditions, costs.kv_bytes_per_token)
         self._observer = observer
@@ -140,13 +139,9 @@ class Simulation:
 
     def _begin(self) -> None:
         for machine in self.machines.values():
-            self._introduce(machine)
-        for happening in self._happenings:
-            when = instant(happening.time_s)
-            if isinstance(happening, ClientGone):
-                self.agenda.at(when, self.rank, self.front.tell, Cancelled(happening.request))
-            else:
-                self.agenda.at(when, self.rank, self._die, self.machines[happening.worker], happening.back_after_s)
+            if machine.alive:
+                self.introduce(machine)
+        self.fates.plan(self._happenings)
         self._await_arrival(0)
 
     def _await_arrival(self, index: int) -> None:
@@ -159,13 +154,14 @@ class Simulation:
         self.front.tell(Submitted(index, wanted.num_prompt, wanted.max_new, wanted.hashes, wanted.priority))
         self._await_arrival(index + 1)
 
-    def _introduce(self, machine: Machine) -> None:
+    def introduce(self, machine: Machine) -> None:
+        """The router hears that a worker is up."""
         spec = machine.spec
         up = WorkerUp(spec.name, machine.incarnation, spec.role, spec.num_blocks, spec.block_size)
         if self.agenda.num_happened == 0:
             self.front.tell(up)  # the cluster stands before the first request
         else:
-            self._report(machine, up)
+            self.report(machine, up)
 
     def _result(self) -> SimResult:
         machines = tuple(
@@ -193,31 +189,38 @@ class Simulation:
 
     def post(self, sender: str, receiver: str, incarnation: int, event: WorkerEvent) -> None:
         """Send a worker something, as long as the process it is meant for lives."""
-        when = self._delivery(sender, receiver, self.agenda.now)
-        self.agenda.at(when, self.rank, self._deliver, self.machines[receiver], incarnation, event)
+        when = self.delivery(sender, receiver, self.agenda.now)
+        via = (sender, receiver, self.fates.num_breaks(sender, receiver))
+        self.agenda.at(when, self.rank, self._deliver, self.machines[receiver], incarnation, via, event)
+
+    def post_peer_lost(self, lost: Machine, other: Machine) -> int:
+        """Let one worker know that another is out of its sight; returns the instant at which it does."""
+        self.post(lost.spec.name, other.spec.name, other.incarnation, PeerLost(lost.spec.name))
+        return self._last[lost.spec.name, other.spec.name]
 
     def catch_up(self) -> None:
         """All that is computed by now was told."""
         for machine in self.machines.values():
-            self._catch_up(machine)
+            self.catch_up_one(machine)
 
-    def _report(self, machine: Machine, event: RouterEvent) -> None:
-        """Whoever watches over a worker says something to the router."""
-        when = self._delivery(machine.spec.name, ROUTER, self.agenda.now)
+    def report(self, machine: Machine, event: RouterEvent) -> None:
+        """A worker, or whoever watches over it, says something to the router."""
+        when = self.delivery(machine.spec.name, ROUTER, self.agenda.now)
         self.agenda.at(when, self.rank, self.front.tell, event)
 
     # --- workers -------------------------------------------------------------------------------------------------
 
-    def _deliver(self, machine: Machine, incarnation: int, event: WorkerEvent) -> None:
-        """A message arrives, if the process it was sent to still lives."""
-        if machine.alive and machine.incarnation == incarnation:
+    def _deliver(self, machine: Machine, incarnation: int, via: tuple[str, str, int], event: WorkerEvent) -> None:
+        """A message arrives, if the process it was sent to still lives and the connection did not break on the way."""
+        unbroken = self.fates.num_breaks(via[0], via[1]) == via[2]
+        if machine.alive and machine.incarnation == incarnation and unbroken:
             if isinstance(event, Place):
                 event = machine.place(event)
             self.tell(machine, event)
 
     def tell(self, machine: Machine, event: WorkerEvent) -> None:
         """A worker hears something now; of a bulk of steps those that are done come first."""
-        self._catch_up(machine)
+        self.catch_up_one(machine)
         self._tell(machine, self.agenda.now, event)
 
     def _tell(self, machine: Machine, when: int, event: WorkerEvent) -> None:
@@ -231,6 +234,8 @@ class Simulation:
             self._carry_out(machine, when, order, reports)
         if reports:
             self._send_report(machine, when, reports)
+        if Drained(machine.spec.name) in orders:
+            self.report(machine, Drained(machine.spec.name))
         self._plan_end(machine)
         self._plan_tick(machine)
 
@@ -244,13 +249,15 @@ class Simulation:
                 self.reads.start(machine, order)
             case CancelPull(pull=pull):
                 self.reads.cancel(machine, pull)
+            case Drained():
+                pass  # said after all else
             case _:
                 self._send(machine, order)
 
     def _send_report(self, machine: Machine, when: int, orders: list[Emit | Finish]) -> None:
         """One message. Of a bulk of steps each token arrives when it would have, had they been told one by one."""
         name, now, ran = machine.spec.name, self.agenda.now, self._ran
-        delay = self._delivery(name, ROUTER, when) - when
+        delay = self.delivery(name, ROUTER, when) - when
         if ran is None:
             self.agenda.at(when + delay, self.rank, self.front.hear, name, Report(orders, None))
             return
@@ -265,12 +272,12 @@ class Simulation:
     def _send(self, machine: Machine, order: PeerMessage) -> None:
         """To a peer; one that is gone is reported as lost, again if need be."""
         sender, peer = machine.spec.name, self.machines[order.peer]
-        if peer.alive:
+        if peer.alive and not self.fates.apart(sender, order.peer):
             self.post(sender, order.peer, peer.incarnation, replace(order, peer=sender))
         else:
             self.post(order.peer, sender, machine.incarnation, PeerLost(order.peer))
 
-    def _delivery(self, sender: str, receiver: str, sent: int) -> int:
+    def delivery(self, sender: str, receiver: str, sent: int) -> int:
         """When a message arrives: never before an earlier one."""
         when = sent + instant(self._conditions.message_s(sender, receiver))
         when = self._last[sender, receiver] = max(when, self._last.get((sender, receiver), 0))
@@ -300,7 +307,7 @@ class Simulation:
         if machine.execution is execution and execution.count == count:
             self._complete(machine, self.agenda.now, count)
 
-    def _catch_up(self, machine: Machine) -> None:
+    def catch_up_one(self, machine: Machine) -> None:
         """Tell of the steps of a bulk that are done; the one under way goes on."""
         execution = machine.execution
         if execution is not None and execution.count > 1:
@@ -331,30 +338,6 @@ class Simulation:
             self.tell(machine, Tick())
         else:
             self._plan_tick(machine)
-
-    # --- deaths --------------------------------------------------------------------------------------------------
-
-    def _die(self, machine: Machine, back_after_s: float | None) -> None:
-        if not machine.alive:
-            return
-        self._catch_up(machine)
-        machine.die()
-        name = machine.spec.name
-        self.reads.lose(machine)
-        heard = self.agenda.now
-        for other in self.machines.values():
-            if other.alive:
-                when = self._delivery(name, other.spec.name, self.agenda.now)
-                self.agenda.at(when, self.rank, self._deliver, other, other.incarnation, PeerLost(name))
-                heard = max(heard, when)
-        self._report(machine, WorkerLost(name))
-        if back_after_s is not None:
-            back = max(self.agenda.now + instant(back_after_s), heard)  # it is up once every peer is connected to it
-            self.agenda.at(back, self.rank, self._revive, machine)
-
-    def _revive(self, machine: Machine) -> None:
-        machine.revive()
-        self._introduce(machine)
 
 
 def simulate(

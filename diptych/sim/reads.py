@@ -56,7 +56,8 @@ class Reads:
         link = self._link.key(order.peer, machine.spec.name)
         transfer = Transfer(machine, order, link, num_bytes, self._simulation.agenda.now)
         self._transfers[self._key(transfer)] = transfer
-        if source.alive and order.rid in source.placed:
+        parted = self._simulation.fates.apart(machine.spec.name, order.peer)
+        if source.alive and order.rid in source.placed and not parted:
             self._shared(link).add(transfer.began, self._key(transfer), num_bytes)
             self._plan(link)
         else:
@@ -82,6 +83,14 @@ class Reads:
             elif transfer.order.peer == machine.spec.name and not transfer.over:
                 self._leave(transfer)
                 self._fail(transfer, "the peer is gone")
+
+    def part(self, one: Machine, other: Machine) -> None:
+        """Two workers lose their connection: what either reads of the other fails."""
+        pair = {one.spec.name, other.spec.name}
+        for transfer in list(self._transfers.values()):
+            if {transfer.reader.spec.name, transfer.order.peer} == pair and not transfer.over:
+                self._leave(transfer)
+                self._fail(transfer, "the connection broke")
 
     def _key(self, transfer: Transfer) -> TransferKey:
         return transfer.reader.spec.name, transfer.reader.incarnation, transfer.order.pull

@@ -5,7 +5,8 @@ other event is made by the simulator's own driver out of what the objects order.
 long each step, read and message took. If both drivers do the same with the same orders, every object decides the same;
 so this shows that the simulator is the server, but for its costs.
 
-Not for runs in which workers died or timers fired. Not responsible for reading journals (`journal.py`).
+Not for runs in which workers died, joined, left or lost sight of each other, or in which timers fired. Not
+responsible for reading journals (`journal.py`).
 """
 
 import contextlib
@@ -16,6 +17,7 @@ from typing import Any
 
 from diptych.errors import ConfigError
 from diptych.journal import Recording
+from diptych.policy.membership import Drain, LinkDown
 from diptych.policy.messages import (
     MAX_ATTEMPTS,
     Answer,
@@ -55,6 +57,7 @@ from diptych.sim.driver import Simulation, Stuck
 from diptych.sim.machine import Machine
 from diptych.sim.router import ROUTER
 
+_ENDS = (WorkerLost, PeerLost, LinkDown, Drain)  # with which a shutdown begins
 PEER_MESSAGES = (Offer, Publish, Done, Answer, Revoke, Drop, Beat, Replicate, Replicated, Release)
 Entry = tuple[float, Message, list[Message]]
 Pair = tuple[str, str]
@@ -180,7 +183,7 @@ class Record:
         if ROUTER not in self.headers:
             raise ConfigError("the router's journal is missing; give the whole journal folder")
         entries = {recording.header.object: list(recording) for recording in recordings}
-        ends = [t for log in entries.values() for t, event, _ in log if isinstance(event, WorkerLost | PeerLost)]
+        ends = [t for log in entries.values() for t, event, _ in log if isinstance(event, _ENDS)]
         end = min(ends, default=float("inf"))  # from here on it is the shutdown
         self._log: dict[str, list[Entry]] = {name: [e for e in log if e[0] < end] for name, log in entries.items()}
         if any(isinstance(event, Tick) and orders for log in self._log.values() for _, event, orders in log):

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from diptych.policy.membership import Dismiss, Drain
 from diptych.policy.messages import (
     MAX_ATTEMPTS,
     WELL,
@@ -24,13 +25,14 @@ from diptych.policy.messages import (
     Reject,
     RouterEvent,
     RouterOrder,
+    Tick,
     WorkerLost,
     WorkerUp,
     request_of,
 )
 from diptych.policy.router import Router, RouterSpec
 from diptych.policy.sequencer import Sequencer
-from diptych.sim.agenda import seconds
+from diptych.sim.agenda import not_before, seconds
 from diptych.sim.streams import Stream, Stretch
 from diptych.sim.workload import Arrival
 
@@ -74,6 +76,7 @@ class RouterSide:
         self._simulation = simulation
         self._known: dict[str, int] = {}  # the incarnation of each worker the router is connected to
         self._spoken: set[int] = set()  # attempts of which the client has a token
+        self._deadline: float | None = None  # for which a Tick is planned
         self._order: dict[int, Sequencer[tuple[str, Stretch | None]]] = {}  # of each request's present attempt
 
     def tell(self, event: RouterEvent) -> None:
@@ -87,6 +90,19 @@ class RouterSide:
         simulation.observe(now, ROUTER, event, orders)
         for order in orders:
             self._carry_out(order)
+        self._plan_tick()
+
+    def _plan_tick(self) -> None:
+        deadline = self.policy.next_deadline()
+        if deadline is not None and deadline != self._deadline:
+            simulation = self._simulation
+            simulation.agenda.at(not_before(deadline), simulation.rank, self._tick, deadline)
+        self._deadline = deadline
+
+    def _tick(self, deadline: float) -> None:
+        if deadline == self._deadline:
+            self._deadline = None
+            self.tell(Tick())
 
     def hear(self, worker: str, report: Report) -> None:
         """What came of one event on a worker arrives; what an earlier attempt still says is dropped."""
@@ -155,7 +171,9 @@ class RouterSide:
                 stream.num_attempts = order.rid % MAX_ATTEMPTS + 1
                 self._order[stream.request] = Sequencer(stream.num_tokens)
                 self._simulation.post(ROUTER, order.worker, self._known[order.worker], order)
-            case Cancel():
+            case Dismiss(worker=worker):
+                self._simulation.fates.dismiss(worker)
+            case Cancel() | Drain():
                 self._simulation.post(ROUTER, order.worker, self._known[order.worker], order)
             case Reject():
                 began = self.streams[order.request].num_attempts > 0
