@@ -4,6 +4,7 @@ DiptychError                    500  something went wrong on our side
 ├── BadRequest                  400  the request cannot be served as it stands; says which parameter
 │   └── NotFound                404  no such model, no such route
 ├── Unauthorized                401  the key is missing or wrong
+├── TooSlow                     408  the body did not come in time
 ├── TooLarge                    413  the body is over the limit
 ├── Overloaded                  429  queues are full; try again later
 ├── Unavailable                 503  no worker can take it now
@@ -50,6 +51,13 @@ class Unauthorized(DiptychError):
     status = 401
     kind = "authentication_error"
     code = "invalid_api_key"
+
+
+class TooSlow(DiptychError):
+    """The body did not come in time."""
+
+    status = 408
+    kind = "invalid_request_error"
 
 
 class TooLarge(DiptychError):

@@ -7,8 +7,6 @@ was checked. Whatever goes wrong leaves as OpenAI's error envelope. Not responsi
 
 import asyncio
 import contextlib
-import logging
-import socket
 import time
 import uuid
 from collections.abc import Awaitable, Callable, Iterator
@@ -18,33 +16,28 @@ from html import escape
 from typing import Any, TypeVar
 
 import msgspec
-import uvicorn
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, Response
 from starlette.routing import Route
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from diptych import __version__
-from diptych.errors import BadRequest, DiptychError, Overloaded, TooLarge, Unavailable
+from diptych.errors import BadRequest, DiptychError, Overloaded, Unavailable
 from diptych.serve import openai
 from diptych.serve.exchange import Exchange, Order
 from diptych.serve.frontend import Frontend, Job, ModelCard
 from diptych.serve.guard import Guard
 from diptych.serve.metrics import CONTENT_TYPE, Metrics
+from diptych.serve.outermost import Outermost
+from diptych.serve.reading import aside, read_body
 from diptych.serve.schema import document
 from diptych.serve.structured import grammar_of
 from diptych.serve.text import Text, prompt_hashes
 from diptych.serve.tokenize import detokenize, tokenize
 
-log = logging.getLogger(__name__)
 T = TypeVar("T")
-
-# Encoding this many characters takes about 2 ms; more of it goes to a thread (tokenizers lets go of the GIL).
-_LONG_TEXT = 8192
-
 
 @dataclass(frozen=True, slots=True)
 class Settings:
@@ -52,6 +45,7 @@ class Settings:
 
     max_body_bytes: int = 32 * 2**20
     max_prompts: int = 256  # in one completion request
+    body_timeout_s: float = 60.0  # how long a body may take to come
     retry_after_s: int = 1
     api_key: str | None = None  # what requests must carry; None: nothing
     control_timeout_s: float = 2.0  # how long /health, /workers and /metrics wait for the router
@@ -79,7 +73,7 @@ class Api:
 
     async def _generate(self, request: Request, chat: bool) -> Exchange:
         arrived = time.perf_counter()
-        call = openai.parse(await _read_body(request, self.settings.max_body_bytes), chat)
+        call = openai.parse(await self._body(request), chat)
         openai.check_model(call.model, self.card)
         openai.check_ids(call, self.card)
         prompts = [await self._encode_chat(call)] if chat else await self._encode_prompts(call)
@@ -105,12 +99,15 @@ class Api:
         )
         return Exchange(order, self.frontend, self.text, self.metrics)
 
+    async def _body(self, request: Request) -> bytes:
+        return await read_body(request, self.settings.max_body_bytes, self.settings.body_timeout_s)
+
     async def _encode_chat(self, call: openai.Call) -> list[int]:
         assert call.messages is not None
         size = sum(len(str(message.get("content"))) for message in call.messages)
         self._check_size(size, "messages")
         encode = partial(self.text.encode_chat, call.messages, call.tools, call.chat_template_kwargs)
-        return await _aside(size, encode)
+        return await aside(size, encode)
 
     async def _encode_prompts(self, call: openai.Call) -> list[list[int]]:
         found = []
@@ -118,7 +115,7 @@ class Api:
             if isinstance(prompt, str):
                 self._check_size(len(prompt), "prompt")
                 special = call.add_special_tokens is not False
-                found.append(await _aside(len(prompt), partial(self.text.encode, prompt, special)))
+                found.append(await aside(len(prompt), partial(self.text.encode, prompt, special)))
             else:
                 found.append(prompt)
         return found
@@ -161,8 +158,8 @@ class Api:
         return await self._on_text(request, detokenize)
 
     async def _on_text(self, request: Request, work: Callable[[bytes, Text, ModelCard], Any]) -> Response:
-        body = await _read_body(request, self.settings.max_body_bytes)
-        return _json(await _aside(len(body), partial(work, body, self.text, self.card)))
+        body = await self._body(request)
+        return _json(await aside(len(body), partial(work, body, self.text, self.card)))
 
     # --- looking in ---
 
@@ -246,86 +243,6 @@ def make_app(frontend: Frontend, text: Text, card: ModelCard, settings: Settings
     app.router.redirect_slashes = False  # a redirect has no envelope, and clients drop the body on the way
     app.state.api = api
     return app
-
-
-def make_server(app: ASGIApp, host: str = "127.0.0.1", port: int = 0, fd: int | None = None) -> uvicorn.Server:
-    """A uvicorn server set up for token streams: uvloop, httptools, TCP_NODELAY (asyncio's default), no access log."""
-    config = uvicorn.Config(
-        app,
-        host=host,
-        port=port,
-        fd=fd,
-        loop="uvloop",
-        http="httptools",
-        ws="none",
-        lifespan="off",
-        access_log=False,
-        log_level="warning",
-        server_header=False,
-        timeout_keep_alive=75,
-        timeout_graceful_shutdown=5,
-        backlog=2048,
-    )
-    return uvicorn.Server(config)
-
-
-def port_of(server: uvicorn.Server) -> int:
-    """The port a started server listens on."""
-    bound: socket.socket = server.servers[0].sockets[0]
-    return int(bound.getsockname()[1])
-
-
-class Outermost:
-    """Gives every reply the request's `X-Request-Id`, and turns an error of ours into a 500 with an envelope."""
-
-    def __init__(self, app: ASGIApp):
-        self.app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            return
-        ident = _request_id(scope["headers"])
-        started = False
-
-        async def send_named(message: Message) -> None:
-            nonlocal started
-            if message["type"] == "http.response.start":
-                started = True
-                message["headers"] = [*message.get("headers", ()), (b"x-request-id", ident)]
-            await send(message)
-
-        try:
-            await self.app(scope, receive, send_named)
-        except Exception:
-            log.exception("request %s failed", ident.decode("latin-1"))
-            if started:
-                raise  # uvicorn closes the connection: the client sees that the reply is not whole
-            body = openai.envelope("internal error; the log has more", DiptychError.kind)
-            await Response(body, 500, media_type="application/json")(scope, receive, send_named)
-
-
-def _request_id(headers: list[tuple[bytes, bytes]]) -> bytes:
-    given = next((value for name, value in headers if name == b"x-request-id"), b"")
-    # Only what is safe in a header and a log line is taken over.
-    if 0 < len(given) <= 128 and all(33 <= char <= 126 for char in given):
-        return given
-    return uuid.uuid4().hex.encode()
-
-
-async def _read_body(request: Request, limit: int) -> bytes:
-    if int(request.headers.get("content-length", "0")) > limit:
-        raise TooLarge(f"the request body is over {limit} bytes")
-    body = bytearray()
-    async for part in request.stream():
-        body += part
-        if len(body) > limit:
-            raise TooLarge(f"the request body is over {limit} bytes")
-    return bytes(body)
-
-
-async def _aside(size: int, work: Callable[[], T]) -> T:
-    """Long work on text in a thread, short work here: a thread costs more than it."""
-    return await asyncio.to_thread(work) if size > _LONG_TEXT else work()
 
 
 def _json(value: Any, status: int = 200) -> Response:

@@ -16,10 +16,11 @@ from diptych.errors import ProtocolError, Unavailable
 from diptych.modelfacts import locate
 from diptych.policy.messages import Cancelled, Reason
 from diptych.serve import process
-from diptych.serve.api import Settings, make_app, make_server
+from diptych.serve.api import Settings, make_app
 from diptych.serve.build import cluster_card
 from diptych.serve.channel import Channel, call
 from diptych.serve.frontend import Chunk, Job
+from diptych.serve.server import make_server
 from diptych.serve.text import Text
 from diptych.serve.wire import Ask, Deliver, Hello, Report, Submit, Ticket, pack, pack_ids, unpack_emit
 
