@@ -4,6 +4,7 @@ Only reads arguments and prints; the work is in the packages it calls, imported 
 """
 
 import argparse
+import logging
 import signal
 import sys
 import time
@@ -85,22 +86,27 @@ def _add_serve(commands: Any) -> None:
     parser.add_argument("--port", type=int, help="port to listen on (default 8000; 0 picks a free one)")
     parser.add_argument("--journal", metavar="FOLDER", help="keep every event and decision there, for replay")
     parser.add_argument("--api-key", metavar="KEY", help="what requests must carry (better: set DIPTYCH_API_KEY)")
+    parser.add_argument("--tool-parser", choices=("hermes", "llama3", "none"), help="how the model writes tool calls")
+    parser.add_argument("--log-format", choices=("text", "json"), help="of every process's lines (default text)")
+    parser.add_argument("--log-level", choices=("debug", "info", "warning", "error"), help="default info")
     parser.set_defaults(command=_serve)
 
 
 def _serve(arguments: argparse.Namespace) -> int:
     from diptych.config import load_cluster, parse_cores
+    from diptych.serve.logs import set_up
     from diptych.serve.supervisor import Supervisor
 
-    keys = ("model", "engine", "dtype", "host", "port", "journal", "api_key")
+    keys = ("model", "engine", "dtype", "host", "port", "journal", "api_key", "tool_parser", "log_format", "log_level")
     flags = _topology(arguments) | {key: getattr(arguments, key) for key in keys}
     flags["cores"] = parse_cores(arguments.cores) if arguments.cores else None
     cluster = load_cluster(arguments.cluster, flags)
+    set_up("supervisor", cluster.log_format, cluster.log_level)
     _stop_on_sigterm()
     began = time.monotonic()
     names = ", ".join(f"{worker.name} ({worker.role})" for worker in cluster.workers)
     print(f"starting {names} on {cluster.model} ...", flush=True)
-    with Supervisor(cluster, on_event=lambda text: print(text, file=sys.stderr, flush=True)) as supervisor:
+    with Supervisor(cluster, on_event=logging.getLogger("diptych").warning) as supervisor:
         supervisor.wait_ready()
         print(_banner(supervisor.url, time.monotonic() - began), flush=True)
         try:

@@ -34,6 +34,9 @@ DEMO = Path(__file__).parent / "demo"
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 1 << 10, "MI": 1 << 20, "GI": 1 << 30}
 
 Dtype = Literal["float32", "bfloat16", "float16"]
+LogFormat = Literal["text", "json"]
+LogLevel = Literal["debug", "info", "warning", "error"]
+ToolFormat = Literal["hermes", "llama3", "none"]
 
 
 class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -76,6 +79,9 @@ class Cluster(msgspec.Struct, frozen=True, kw_only=True):
     port: int = 8000
     journal: str | None = None
     api_key: str | None = None
+    tool_parser: ToolFormat | None = None  # how the model writes calls; None: as its chat template says
+    log_format: LogFormat = "text"
+    log_level: LogLevel = "info"
     router: RouterSpec = RouterSpec()
     paced: PacedModel = PacedModel()
 
@@ -122,6 +128,7 @@ class _Worker(_Defaults, frozen=True, kw_only=True, forbid_unknown_fields=True):
 class _Router(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     policy: Literal["round-robin", "least-loaded", "prefix-aware"] = "prefix-aware"
     max_requests: int = 4096
+    max_queued_tokens: int | None = None
     disaggregate_above: int = 256
 
 
@@ -133,6 +140,9 @@ class _File(_Defaults, frozen=True, kw_only=True, forbid_unknown_fields=True):
     port: int = 8000
     journal: str | None = None
     api_key: str | None = None
+    tool_parser: ToolFormat | None = None
+    log_format: LogFormat = "text"
+    log_level: LogLevel = "info"
     router: _Router = _Router()
     paced: _Paced = _Paced()
 
@@ -170,7 +180,10 @@ def load_cluster(path: Path | None, flags: dict[str, Any]) -> Cluster:
         port=file.port,
         journal=file.journal,
         api_key=file.api_key,
-        router=RouterSpec(file.router.policy, file.router.max_requests, file.router.disaggregate_above),
+        tool_parser=file.tool_parser,
+        log_format=file.log_format,
+        log_level=file.log_level,
+        router=RouterSpec(**msgspec.structs.asdict(file.router)),
         paced=file.paced.model(),
     )
 

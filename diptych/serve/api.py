@@ -24,8 +24,10 @@ from starlette.responses import HTMLResponse, Response
 from starlette.routing import Route
 
 from diptych import __version__
+from diptych.engine.executor import Sampling
 from diptych.errors import BadRequest, DiptychError, Overloaded, Unavailable
 from diptych.serve import openai
+from diptych.serve.calls import Format
 from diptych.serve.exchange import Exchange, Order
 from diptych.serve.frontend import Frontend, Job, ModelCard
 from diptych.serve.guard import Guard
@@ -36,8 +38,10 @@ from diptych.serve.schema import document
 from diptych.serve.structured import grammar_of
 from diptych.serve.text import Text, prompt_hashes
 from diptych.serve.tokenize import detokenize, tokenize
+from diptych.serve.tools import check_tools, format_of, grammar_of_calls, shown
 
 T = TypeVar("T")
+
 
 @dataclass(frozen=True, slots=True)
 class Settings:
@@ -47,6 +51,7 @@ class Settings:
     max_prompts: int = 256  # in one completion request
     body_timeout_s: float = 60.0  # how long a body may take to come
     retry_after_s: int = 1
+    tool_parser: str | None = None  # how the model writes calls: hermes, llama3 or none; None: as its template says
     api_key: str | None = None  # what requests must carry; None: nothing
     control_timeout_s: float = 2.0  # how long /health, /workers and /metrics wait for the router
 
@@ -60,6 +65,7 @@ class Api:
     card: ModelCard
     settings: Settings
     metrics: Metrics
+    calls: Format | None  # how the model writes them
 
     # --- generation ---
 
@@ -74,12 +80,17 @@ class Api:
     async def _generate(self, request: Request, chat: bool) -> Exchange:
         arrived = time.perf_counter()
         call = openai.parse(await self._body(request), chat)
+        if chat:
+            check_tools(call)
         openai.check_model(call.model, self.card)
         openai.check_ids(call, self.card)
         prompts = [await self._encode_chat(call)] if chat else await self._encode_prompts(call)
-        jobs = [job for tokens in prompts for job in self._jobs(call, tokens, chat)]
-        if len(jobs) > self.settings.max_prompts:
+        if len(prompts) * openai.num_answers(call) > self.settings.max_prompts:
             raise BadRequest(f"at most {self.settings.max_prompts} answers in one request", "n")
+        sampling = self._sampling(call, chat)
+        jobs: list[Job] = []
+        for tokens in prompts:
+            jobs += await aside(4 * len(tokens), partial(self._jobs, call, tokens, sampling, chat))
         options = call.stream_options or openai.StreamOptions()
         order = Order(
             chat=chat,
@@ -89,7 +100,10 @@ class Api:
             with_usage=bool(options.include_usage),
             with_usage_always=bool(options.continuous_usage_stats),
             with_token_ids=bool(call.return_token_ids),
-            num_each=call.n or 1,
+            num_each=openai.num_answers(call),
+            num_best=call.n or 1 if call.best_of else None,
+            with_logprobs=openai.num_logprobs(call) >= 0,
+            calls=self.calls if chat and shown(call) else None,
             echoes=tuple(self._echoed(call, prompts)),
             silent=openai.writes_nothing(call),
             ident=f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}",
@@ -106,7 +120,7 @@ class Api:
         assert call.messages is not None
         size = sum(len(str(message.get("content"))) for message in call.messages)
         self._check_size(size, "messages")
-        encode = partial(self.text.encode_chat, call.messages, call.tools, call.chat_template_kwargs)
+        encode = partial(self.text.encode_chat, call.messages, shown(call), call.chat_template_kwargs)
         return await aside(size, encode)
 
     async def _encode_prompts(self, call: openai.Call) -> list[list[int]]:
@@ -131,11 +145,14 @@ class Api:
             for given, tokens in zip(openai.prompts(call, self.settings.max_prompts), prompts, strict=True):
                 yield given if isinstance(given, str) else self.text.decode(tokens)
 
-    def _jobs(self, call: openai.Call, tokens: list[int], chat: bool) -> list[Job]:
-        """The jobs of one prompt: `n` of them, with a seed each."""
+    def _sampling(self, call: openai.Call, chat: bool) -> Sampling:
+        calls = grammar_of_calls(call, self.calls, self.text) if chat else ""
+        return replace(openai.sampling(call, self.card.stop_ids), grammar=grammar_of(call, self.card, calls))
+
+    def _jobs(self, call: openai.Call, tokens: list[int], sampling: Sampling, chat: bool) -> list[Job]:
+        """The jobs of one prompt, with a seed each."""
         openai.check_prompt(tokens, self.card)
         root, hashes = prompt_hashes(tokens, self.card, call.cache_salt or "")
-        sampling = replace(openai.sampling(call, self.card.stop_ids), grammar=grammar_of(call, self.card))
         job = Job(
             tokens=tokens,
             max_new=max(1, openai.max_new(call, len(tokens), self.card, chat)),
@@ -145,7 +162,8 @@ class Api:
             # Without hashes no prefix is found, so that every token of the prompt is computed, and has a probability.
             hashes=() if sampling.prompt_logprobs >= 0 else hashes,
         )
-        return [replace(job, sampling=replace(sampling, seed=(sampling.seed + i) % 2**63)) for i in range(call.n or 1)]
+        seeds = ((sampling.seed + i) % 2**63 for i in range(openai.num_answers(call)))
+        return [replace(job, sampling=replace(sampling, seed=seed)) for seed in seeds]
 
     # --- the tokenizer ---
 
@@ -219,7 +237,8 @@ class Api:
 
 def make_app(frontend: Frontend, text: Text, card: ModelCard, settings: Settings | None = None) -> Starlette:
     """The ASGI application."""
-    api = Api(frontend, text, card, settings or Settings(), Metrics(card.name))
+    settings = settings or Settings()
+    api = Api(frontend, text, card, settings, Metrics(card.name), format_of(text, settings.tool_parser))
     routes = [
         Route("/v1/completions", api.completions, methods=["POST"]),
         Route("/v1/chat/completions", api.chat_completions, methods=["POST"]),

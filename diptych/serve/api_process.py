@@ -133,9 +133,8 @@ async def serve(orders: process.Orders) -> None:
     """Serve HTTP until told to stop; then open requests may finish for a few seconds."""
     cluster = orders.cluster
     frontend = RouterFrontend()
-    app = make_app(
-        frontend, Text.load(locate(cluster.folder)), cluster_card(cluster), Settings(api_key=cluster.api_key)
-    )
+    settings = Settings(api_key=cluster.api_key, tool_parser=cluster.tool_parser)
+    app = make_app(frontend, Text.load(locate(cluster.folder)), cluster_card(cluster), settings)
     await frontend.connect(orders)
     server = make_server(app, cluster.host, cluster.port)
     server.config.timeout_graceful_shutdown = STOP_S

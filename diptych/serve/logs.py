@@ -4,12 +4,11 @@ A record's facts beside its message are a dict in `extra={"fields": …}`. Not r
 """
 
 import logging
-from typing import Any, Literal
+from typing import Any
 
 import msgspec
 
-LogFormat = Literal["text", "json"]
-LogLevel = Literal["debug", "info", "warning", "error"]
+from diptych.config import LogFormat, LogLevel
 
 
 def set_up(process: str, style: LogFormat = "text", level: LogLevel = "info") -> None:

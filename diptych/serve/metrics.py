@@ -101,6 +101,11 @@ class Timer:
         self._first = self._last = arrived
         metrics.running.inc()
 
+    @property
+    def ttft_s(self) -> float | None:
+        """Seconds to the first token, once it is there."""
+        return self._first - self._arrived if self._num_tokens else None
+
     def tokens(self, count: int) -> None:
         """`count` tokens came, together: one gap as long as it was, and none between them."""
         if not count:

@@ -1,4 +1,4 @@
-"""What surrounds every request: its id, the last resort against our own errors, and its line in the log when it is over.
+"""What surrounds every request: its id, the last resort against our own errors, and its line in the log at the end.
 
 A line says what was asked of whom and how it went; it never has any of the text. Not responsible for errors that have
 a status (`api.py`), nor for what is counted (`metrics.py`).
@@ -78,7 +78,8 @@ def _reply(body: bytes, status: int) -> Response:
 def _log_line(scope: Scope, ident: bytes, status: int, seconds: float) -> None:
     if not log.isEnabledFor(logging.INFO):
         return
-    route = getattr(scope.get("route"), "path", "-")  # not the path: anything can be in it
+    endpoint = getattr(scope.get("endpoint"), "__name__", "-")  # where a path is not one of ours, anything can be in it
+    route = scope["path"] if endpoint != "-" and not scope.get("path_params") else endpoint
     said = {"request": ident.decode("latin-1"), "method": scope["method"], "route": route, "status": status}
     record: Record | None = scope.get("record")
     found = {} if record is None else {key: value for key, value in asdict(record).items() if value is not None}

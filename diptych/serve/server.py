@@ -1,7 +1,7 @@
 """The HTTP server under the application: uvicorn set up for token streams, and limits on who only holds a connection.
 
-Whoever does not get to the end of a request's head, or sends too much of it, is hung up on. Bodies have their own limits
-(`reading.py`). Not responsible for what is served (`api.py`).
+Whoever does not get to the end of a request's head, or sends too much of it, is hung up on. Bodies have their own
+limits (`reading.py`). Not responsible for what is served (`api.py`).
 """
 
 import contextlib
