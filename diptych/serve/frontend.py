@@ -7,6 +7,8 @@ tests put a double behind it. Not responsible for HTTP, text or the wire.
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import msgspec
+
 from diptych.engine.executor import Sampling, Score
 from diptych.policy.messages import Reason
 
@@ -46,8 +48,7 @@ class Job:
     hashes: tuple[bytes, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class Chunk:
+class Chunk(msgspec.Struct, frozen=True):
     """The next tokens of an answer. The last chunk has a `reason` or an `error` (HTTP status, why).
 
     `tokens` includes the stop token that ended it. `cached`: prompt tokens whose KV was found, said at the latest in
