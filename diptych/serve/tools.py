@@ -85,7 +85,9 @@ def grammar_of_calls(call: Call, form: Format | None, text: Text) -> str:
 
 
 def _schema(function: dict[str, Any]) -> str:
-    """The JSON schema of a function's arguments."""
-    schema = {"type": "object", **(function.get("parameters") or {})}
+    """The JSON schema of a function's arguments. Where it names some, or none at all, there are no others."""
+    schema = {"type": "object", "properties": {}} | (function.get("parameters") or {})
+    if "properties" in (function.get("parameters") or schema):
+        schema.setdefault("additionalProperties", False)
     # Blanks bounded as in other structured output: a model that likes them would write them to its last token.
     return msgspec.json.encode(schema | {"x-guidance": {"whitespace_pattern": r"[ \n]{0,20}"}}).decode()
