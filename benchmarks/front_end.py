@@ -48,7 +48,10 @@ def main() -> int:
     parser.add_argument("--chat", action="store_true", help="chat completions instead of completions")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--load", help=argparse.SUPPRESS)  # the reader's own process: PORT
+    parser.add_argument("--probe", nargs=2, type=int, help=argparse.SUPPRESS)  # the prober's: PORT TIMES
     arguments = parser.parse_args()
+    if arguments.probe:
+        return _probe(*arguments.probe)
     if arguments.load:
         return asyncio.run(_read_streams(int(arguments.load), arguments))
     flags = {"prefill": 1, "decode": 1, "engine": "paced", "port": 0, "paced": PACED, "log_level": "warning"}
@@ -171,14 +174,23 @@ async def _misbehave(port: int, number: int) -> asyncio.StreamWriter | None:
 
 
 async def _health_times(port: int, num: int) -> list[float]:
+    """Seconds of each probe, by a process of its own: the flood is made in this one."""
+    command = [sys.executable, __file__, "--probe", str(port), str(num)]
+    done = await asyncio.to_thread(subprocess.run, command, check=True, stdout=subprocess.PIPE)
+    times: list[float] = json.loads(done.stdout)
+    return times
+
+
+def _probe(port: int, num: int) -> int:
     times = []
     for _ in range(num):
         begin_s = time.perf_counter()
-        status, _ = await asyncio.to_thread(_get, port, "/health")
+        status, _ = _get(port, "/health")
         times.append(time.perf_counter() - begin_s)
         assert status == 200, status
-        await asyncio.sleep(0.02)
-    return times
+        time.sleep(0.02)
+    print(json.dumps(times))
+    return 0
 
 
 def _get(port: int, path: str) -> tuple[int, Any]:
