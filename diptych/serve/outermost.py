@@ -6,6 +6,7 @@ a status (`api.py`), nor for what is counted (`metrics.py`).
 
 import logging
 import uuid
+from collections.abc import Awaitable
 from dataclasses import asdict, dataclass
 from time import perf_counter
 
@@ -46,12 +47,12 @@ class Outermost:
         ident = _request_id(scope["headers"])
         status = 0
 
-        async def send_named(message: Message) -> None:
+        def send_named(message: Message) -> Awaitable[None]:  # no coroutine of its own: it is called for each token
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
                 message["headers"] = [*message.get("headers", ()), (b"x-request-id", ident)]
-            await send(message)
+            return send(message)
 
         try:
             if _too_many(scope["headers"]):
