@@ -117,6 +117,16 @@ def test_too_many_headers(live: Live, headers: dict[str, str]) -> None:
     assert json.loads(reply.body)["error"]["type"] == "invalid_request_error"  # type: ignore[attr-defined]
 
 
+def test_a_body_nobody_wants_any_more_is_no_head(live: Live) -> None:
+    """It goes on coming after its 404, far over the limit of a head; the connection can be used again."""
+    with connect(live, head(1_000_000, "/nowhere")) as sock:
+        assert b" 404 " in sock.recv(1 << 16)
+        for _ in range(10):
+            sock.sendall(b"a" * 100_000)
+        sock.sendall(b"GET /version HTTP/1.1\r\nhost: x\r\n\r\n")
+        assert b"200 OK" in sock.recv(1 << 16)
+
+
 def test_half_a_body_is_not_waited_for(live: Live) -> None:
     with connect(live, head(1000) + b'{"prompt": ') as sock:
         answer = sock.recv(1 << 16)

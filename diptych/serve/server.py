@@ -22,20 +22,31 @@ class Door(HttpToolsProtocol):
     """One connection, as uvicorn has it, with a limit on what it may send before a request has begun."""
 
     num_head_bytes = 0
+    in_head = True
     looked_at = False
 
     @property
     def waits(self) -> bool:
-        """No request is being answered, and none was answered a moment ago: its head is on the way, or nothing is."""
+        """No request is being answered, and none was a moment ago: what comes, if anything does, is no whole head."""
         answered = self.cycle is None or self.cycle.response_complete
         return answered and self.timeout_keep_alive_task is None
 
     def data_received(self, data: bytes) -> None:
         """Take in bytes."""
         super().data_received(data)
-        self.num_head_bytes = self.num_head_bytes + len(data) if self.waits else 0
+        self.num_head_bytes = self.num_head_bytes + len(data) if self.in_head else 0
         if self.num_head_bytes > MAX_HEAD_BYTES:
             self.transport.close()
+
+    def on_message_begin(self) -> None:
+        """A request's first byte is here."""
+        self.in_head = True
+        super().on_message_begin()
+
+    def on_headers_complete(self) -> None:
+        """Its head is: what follows is its body, whoever still wants it."""
+        self.in_head = False
+        super().on_headers_complete()
 
 
 def make_server(app: ASGIApp, host: str = "127.0.0.1", port: int = 0, fd: int | None = None) -> uvicorn.Server:
