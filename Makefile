@@ -8,7 +8,7 @@ PIP    := $(BIN)/pip install --quiet --disable-pip-version-check --constraint co
 ARGS   ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve test lint format clean
+.PHONY: help install serve test lint clients format clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -34,6 +34,9 @@ lint: $(STAMP)  ## ruff (lint, format) and mypy
 	@failed=; for check in "ruff check" "ruff format --check" mypy; do \
 	  echo "$$check"; $(BIN)/$$check || failed=1; \
 	done; test -z "$$failed"
+
+clients: $(STAMP)  ## other people's clients against a live server (lm-eval, langchain, npm; installs them beside)
+	@PYTHONPATH=$(CURDIR) $(BIN)/python tests/external/run.py $(ARGS)
 
 format: $(STAMP)  ## let ruff format and fix what it can
 	$(BIN)/ruff check --fix .

@@ -4,6 +4,7 @@ Only reads arguments and prints; the work is in the packages it calls, imported 
 """
 
 import argparse
+import logging
 import signal
 import sys
 import time
@@ -93,6 +94,9 @@ def _add_serve(commands: Any) -> None:
     parser.add_argument("--api-key", metavar="KEY", help="what requests must carry (better: set DIPTYCH_API_KEY)")
     parser.add_argument("--listen", metavar="HOST:PORT", help="also take workers of other hosts that join here")
     _add_others(parser)
+    parser.add_argument("--tool-parser", choices=("hermes", "llama3", "none"), help="how the model writes tool calls")
+    parser.add_argument("--log-format", choices=("text", "json"), help="of every process's lines (default text)")
+    parser.add_argument("--log-level", choices=("debug", "info", "warning", "error"), help="default info")
     parser.set_defaults(command=_serve)
 
 
@@ -107,20 +111,22 @@ def _add_others(parser: argparse.ArgumentParser) -> None:
 
 def _serve(arguments: argparse.Namespace) -> int:
     from diptych.config import load_cluster, parse_cores
+    from diptych.serve.logs import set_up
     from diptych.serve.supervisor import Supervisor
 
     keys = (
-        "model", "engine", "dtype", "host", "port", "journal", "api_key",
+        "model", "engine", "dtype", "host", "port", "journal", "api_key", "tool_parser", "log_format", "log_level",
         "listen", "address", "cluster_key", "key_file", "transport", "drain_timeout",
     )  # fmt: skip
     flags = _topology(arguments) | {key: getattr(arguments, key) for key in keys}
     flags["cores"] = parse_cores(arguments.cores) if arguments.cores else None
     cluster = load_cluster(arguments.cluster, flags)
+    set_up("supervisor", cluster.log_format, cluster.log_level)
     _stop_on_sigterm()
     began = time.monotonic()
     names = ", ".join(f"{worker.name} ({worker.role})" for worker in cluster.workers) or "a router without workers"
     print(f"starting {names} on {cluster.model} ...", flush=True)
-    with Supervisor(cluster, on_event=lambda text: print(text, file=sys.stderr, flush=True)) as supervisor:
+    with Supervisor(cluster, on_event=logging.getLogger("diptych").warning) as supervisor:
         supervisor.wait_ready()
         print(_banner(supervisor.url, time.monotonic() - began, supervisor.joining), flush=True)
         try:

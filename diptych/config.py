@@ -39,6 +39,9 @@ _WILDCARDS = ("0.0.0.0", "[::]")
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 Transport = Literal["auto", "shm", "tcp"]
+LogFormat = Literal["text", "json"]
+LogLevel = Literal["debug", "info", "warning", "error"]
+ToolFormat = Literal["hermes", "llama3", "none"]
 
 
 class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -88,6 +91,9 @@ class Cluster(msgspec.Struct, frozen=True, kw_only=True):
     cluster_key: str | None = None
     transport: Transport = "auto"
     drain_timeout_s: float = 300.0
+    tool_parser: ToolFormat | None = None  # how the model writes calls; None: as its chat template says
+    log_format: LogFormat = "text"
+    log_level: LogLevel = "info"
     router: RouterSpec = RouterSpec()
     paced: PacedModel = PacedModel()
     guest: WorkerConfig = WorkerConfig(name="guest", role=Role.MIXED)  # what a worker that joins is unless it differs
@@ -136,6 +142,7 @@ class _Worker(_Defaults, frozen=True, kw_only=True, forbid_unknown_fields=True):
 class _Router(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     policy: Literal["round-robin", "least-loaded", "prefix-aware"] = "prefix-aware"
     max_requests: int = 4096
+    max_queued_tokens: int | None = None
     disaggregate_above: int = 256
 
 
@@ -153,6 +160,9 @@ class _File(_Defaults, frozen=True, kw_only=True, forbid_unknown_fields=True):
     key_file: str | None = None
     transport: Transport = "auto"
     drain_timeout: float = 300.0  # seconds
+    tool_parser: ToolFormat | None = None
+    log_format: LogFormat = "text"
+    log_level: LogLevel = "info"
     router: _Router = _Router()
     paced: _Paced = _Paced()
 
@@ -198,7 +208,10 @@ def load_cluster(path: Path | None, flags: dict[str, Any]) -> Cluster:
         transport=file.transport,
         drain_timeout_s=file.drain_timeout,
         guest=_worker("guest", _Worker(role=Role.MIXED), file, ()),
-        router=RouterSpec(file.router.policy, file.router.max_requests, file.router.disaggregate_above),
+        tool_parser=file.tool_parser,
+        log_format=file.log_format,
+        log_level=file.log_level,
+        router=RouterSpec(**msgspec.structs.asdict(file.router)),
         paced=file.paced.model(),
     )
 

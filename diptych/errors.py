@@ -4,6 +4,7 @@ DiptychError                    500  something went wrong on our side
 ├── BadRequest                  400  the request cannot be served as it stands; says which parameter
 │   └── NotFound                404  no such model, no such route
 ├── Unauthorized                401  the key is missing or wrong
+├── TooSlow                     408  the body did not come in time
 ├── Conflict                    409  it would do harm as things stand; the message says how to insist
 ├── TooLarge                    413  the body is over the limit
 ├── Overloaded                  429  queues are full; try again later
@@ -58,6 +59,13 @@ class Conflict(DiptychError):
 
     status = 409
     kind = "conflict_error"
+
+
+class TooSlow(DiptychError):
+    """The body did not come in time."""
+
+    status = 408
+    kind = "invalid_request_error"
 
 
 class TooLarge(DiptychError):

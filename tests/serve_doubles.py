@@ -16,8 +16,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from diptych.engine.executor import Score
 from diptych.policy.messages import Reason
-from diptych.serve.api import Settings, make_app, make_server, port_of
+from diptych.serve.api import Settings, make_app
 from diptych.serve.frontend import Chunk, Job, ModelCard
+from diptych.serve.server import make_server, port_of
 from diptych.serve.text import Text
 
 TEMPLATE = (

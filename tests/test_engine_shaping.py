@@ -2,6 +2,7 @@
 
 import random
 
+import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -86,3 +87,21 @@ def test_half_precision_is_shaped_in_single():
     out = shaped(row, [Sampling(frequency_penalty=0.001)], [([1, 2], 1)])
     assert out.dtype == torch.float32
     assert out[0, 2] == row[0, 2].float() - torch.tensor(0.001)
+
+
+def test_no_stop_token_before_its_time():
+    row = logits(1)
+    how = Sampling(stop_ids=(3, 4), min_new=2)
+    for num_new, held in ((0, True), (1, True), (2, False)):
+        out = shaped(row, [how], [([9] * (5 + num_new), 5)])
+        assert (out[0, [3, 4]] == float("-inf")).all() == held
+        assert (out != row).sum() == (2 if held else 0)
+
+
+def test_a_grammar_at_its_end_may_end_early():
+    """Where only a stop token is left, it is taken; where anything else is, it waits."""
+    row, how, history = logits(1), Sampling(stop_ids=(3,), min_new=9), [([1], 1)]
+    only, other = np.zeros(VOCAB, bool), np.zeros(VOCAB, bool)
+    only[3] = other[[3, 8]] = True
+    assert shaped(row, [how], history, {0: only}).argmax() == 3
+    assert shaped(row, [how], history, {0: other}).argmax() == 8

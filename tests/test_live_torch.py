@@ -1,6 +1,7 @@
 """The bundled model on a live disaggregated cluster: real tokens of a real model cross from one process to another."""
 
 import asyncio
+import json
 import random
 import statistics
 import time
@@ -62,6 +63,30 @@ def test_a_chat_streams_through_both_pools(client: openai.OpenAI, cluster: Super
     assert [c.choices[0].finish_reason for c in chunks if c.choices and c.choices[0].finish_reason] == ["stop"]
     assert chunks[-1].usage is not None and chunks[-1].usage.completion_tokens > 20
     assert kv_bytes(cluster) > before
+
+
+def test_a_required_call_is_a_call_and_streams_as_one(client: openai.OpenAI) -> None:
+    """A model that was never taught to call anything, held to a call by a grammar, across both pools."""
+    pytest.importorskip("llguidance")
+    city = {"enum": ["Berlin", "Köln"]}
+    schema = {"type": "object", "properties": {"city": city, "day": {"enum": [1, 2]}}, "required": ["city", "day"]}
+    how: dict[str, Any] = {
+        "model": "diptych-demo",
+        "messages": [{"role": "user", "content": "Tell me a story about a fox."}],
+        "tools": [{"type": "function", "function": {"name": "weather", "parameters": schema}}],
+        "tool_choice": "required",
+        "parallel_tool_calls": False,
+        "max_tokens": 300,
+        "seed": 5,
+    }
+    whole = client.chat.completions.create(**how).choices[0]
+    (call,) = whole.message.tool_calls or []
+    assert (whole.finish_reason, whole.message.content, call.function.name) == ("tool_calls", None, "weather")
+    assert set(json.loads(call.function.arguments)) == {"city", "day"}
+    parts = [part for chunk in client.chat.completions.create(stream=True, **how) for part in chunk.choices]
+    deltas = [delta for part in parts for delta in part.delta.tool_calls or []]
+    assert "".join(delta.function.arguments for delta in deltas) == call.function.arguments
+    assert len(deltas) > 3 and parts[-1].finish_reason == "tool_calls"
 
 
 def kv_bytes(cluster: Supervisor) -> int:

@@ -51,9 +51,14 @@ role = "decode"
 """
 
 
+def timeless(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What workers say of themselves, but for how long ago they last computed."""
+    return [{key: value for key, value in row.items() if key != "last_step_s"} for row in rows]
+
+
 def decode_rows(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """What decode workers say of themselves, blocks, steps and reads included."""
-    return [row for row in rows if row["role"] == "decode"]
+    return timeless([row for row in rows if row["role"] == "decode"])
 
 
 # --- the bundled model ---------------------------------------------------------------------------------------------
@@ -117,7 +122,7 @@ def test_bad_requests_cost_no_prefill(cluster: Supervisor) -> None:
     ):
         reply = httpx.post(f"{cluster.url}/v1/{path}", json=body)
         assert reply.status_code == status and reply.json()["error"]["message"]
-    assert httpx.get(f"{cluster.url}/workers").json()["workers"] == rows
+    assert timeless(httpx.get(f"{cluster.url}/workers").json()["workers"]) == timeless(rows)
 
 
 def test_the_example_runs(cluster: Supervisor) -> None:

@@ -139,6 +139,17 @@ def test_it_is_turned_away_where_it_does_not_fit_or_nobody_computes_prompts() ->
 # --- whom it turns away ----------------------------------------------------------------------------------------------
 
 
+def test_too_many_queued_tokens_get_429() -> None:
+    """Counted until the first token; a prompt that is alone is taken, however long."""
+    made = router("m", max_queued_tokens=300)
+    assert places(submit(made, 1, num_prompt=500))
+    [reject] = submit(made, 2, num_prompt=16)
+    assert isinstance(reject, Reject) and reject.status == 429 and "queued" in reject.why
+    made.on(1.0, Progress(attempt_id(1, 0)))
+    assert places(submit(made, 3, num_prompt=200, hashes=())) and places(submit(made, 4, num_prompt=100, hashes=()))
+    assert isinstance(submit(made, 5, num_prompt=16, hashes=())[0], Reject)
+
+
 def test_too_many_requests_get_429() -> None:
     made = router(max_requests=2)
     submit(made, 1)

@@ -5,10 +5,12 @@ from collections.abc import Iterator
 from typing import Any
 
 import httpx
+import numpy as np
 import openai
 import pytest
 from serve_doubles import FakeFrontend, Live, byte_level_tokenizer, scoring_echo, serving
 
+from diptych.engine.executor import Score
 from diptych.policy.messages import Reason
 from diptych.serve.frontend import Chunk, Job
 from diptych.serve.text import Text
@@ -117,6 +119,8 @@ def test_chat_logprobs() -> None:
 
 class _Plain:
     """A chat template that always says PROMPT."""
+
+    source = PROMPT
 
     def render(self, *args: Any) -> str:
         return PROMPT
@@ -227,3 +231,30 @@ def test_the_reason_comes_with_the_last_event(live: Live) -> None:
     *steps, last = stream(live, prompt=PROMPT, max_tokens=3)
     assert [step["choices"][0]["finish_reason"] for step in steps] == [None] * 3
     assert last["choices"][0]["finish_reason"] == Reason.LENGTH
+
+
+def ranking(job: Job) -> Iterator[Chunk]:
+    """A model whose answers are the surer, the higher the seed's last digit; each says that digit."""
+    digit = job.sampling.seed % 10
+    for token in TEXT.encode(str(digit)):
+        values = np.array([-1.0 / (1 + digit)], np.float32).tobytes()
+        yield Chunk([token], scores=(Score(1, np.array([token], np.int32).tobytes(), values),))
+    yield Chunk([], Reason.LENGTH)
+
+
+@pytest.mark.parametrize("logprobs", [None, 0])
+def test_the_best_of_several(logprobs: int | None) -> None:
+    """By mean log-probability, whether or not it is shown; all of them are paid for."""
+    with (
+        serving(TEXT, FakeFrontend(ranking)) as live,
+        openai.OpenAI(base_url=f"{live.url}/v1", api_key="-") as client,
+    ):
+        got = client.completions.create(
+            model="tiny", prompt=["a", "b"], n=2, best_of=4, seed=100, max_tokens=5, logprobs=logprobs
+        )
+        assert [(choice.index, choice.text) for choice in got.choices] == [(0, "3"), (1, "2"), (2, "3"), (3, "2")]
+        assert [choice.logprobs is None for choice in got.choices] == [logprobs is None] * 4
+        assert got.usage and got.usage.completion_tokens == 8
+        for wrong in ({"best_of": 1, "n": 2}, {"best_of": 2, "stream": True}):
+            with pytest.raises(openai.BadRequestError, match="best_of"):
+                client.completions.create(model="tiny", prompt="a", **wrong)  # type: ignore[call-overload]

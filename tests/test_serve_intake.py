@@ -25,10 +25,10 @@ def request_of(*parts: bytes, length: int | None = None) -> Request:
 
 
 def test_a_body_comes_whole_or_not_at_all() -> None:
-    assert asyncio.run(read_body(request_of(b"ab", b"cd"), 4)) == b"abcd"
+    assert asyncio.run(read_body(request_of(b"ab", b"cd"), 4, 5.0)) == b"abcd"
     for request in (request_of(b"ab", b"cde"), request_of(length=5)):
         with pytest.raises(TooLarge, match="over 4 bytes"):
-            asyncio.run(read_body(request, 4))
+            asyncio.run(read_body(request, 4, 5.0))
 
 
 def test_long_work_goes_to_a_thread() -> None:

@@ -1,5 +1,8 @@
 """Metrics: what a request and a row of a worker become in a scrape."""
 
+import itertools
+import random
+from time import perf_counter
 from typing import Any
 
 from prometheus_client.parser import text_string_to_metric_families
@@ -85,3 +88,31 @@ def test_two_processes_worth_of_metrics_do_not_meet() -> None:
     one, other = Metrics(), Metrics()
     Timer(one, 0.0, 1).end("stop")
     assert scrape(other)["diptych_requests_total", "stop"] == 0
+
+
+def test_no_counter_ever_falls() -> None:
+    """Whatever becomes of requests, a scrape never shows less of a counter or of a bucket than the one before."""
+    metrics, rng, before = Metrics("m"), random.Random(3), dict[tuple[str, ...], float]()
+    timers = []
+    for _ in range(300):
+        if rng.random() < 0.4 or not timers:
+            timers.append(Timer(metrics, perf_counter(), rng.randrange(1, 5000)))
+        elif rng.random() < 0.6:
+            rng.choice(timers).tokens(rng.randrange(4))
+        else:
+            timers.pop(rng.randrange(len(timers))).end(
+                rng.choice(["stop", "length", "cancelled", "rejected", "failed"])
+            )
+        seen = scrape(metrics)
+        counted = {name: value for name, value in seen.items() if name[0].endswith(("_total", "_count", "_bucket"))}
+        assert len(counted) > 100 and all(value >= before.get(name, 0.0) for name, value in counted.items())
+        before = counted
+
+
+def test_buckets_reach_as_far_as_what_they_count() -> None:
+    """Half of them below what is usual; none so coarse that a quantile means nothing."""
+    for family in text_string_to_metric_families(Metrics().expose([]).decode()):
+        if family.type == "histogram":
+            edges = sorted({float(s.labels["le"]) for s in family.samples if s.name.endswith("_bucket")})[:-1]
+            assert all(after / edge <= 5.0 for edge, after in itertools.pairwise(edges)), family.name
+            assert edges[-1] >= 10.0 and edges[0] <= 1.0

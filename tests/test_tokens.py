@@ -219,6 +219,20 @@ def test_a_stop_token_ends_the_answer_in_every_mode(case: Case) -> None:
         cluster.close()
 
 
+@pytest.mark.parametrize("name", TOPOLOGIES)
+def test_no_stop_token_is_among_the_first(case: Case, name: str) -> None:
+    """With `min_new`, as `generate()` has it: the token that would have ended the answer is not written before."""
+    prompt, plain = case.prompts[5], case.expected[5].tokens
+    stop, least = plain[6], plain.index(plain[6]) + 10
+    expected = case.reference.greedy(prompt, 32, ignore_eos=False, eos_token_id=stop, min_new_tokens=least)
+    cluster = case.cluster(**TOPOLOGIES[name])
+    answer = cluster.submit(prompt, 32, Sampling(stop_ids=(stop,), min_new=least))
+    cluster.run_until([answer])
+    case.reference.check(expected, answer.tokens, f"{name}, at least {least}")
+    assert stop not in answer.tokens[:least] and len(answer.tokens) >= least
+    cluster.close()
+
+
 def test_zeroed_pages_change_the_tokens(case: Case) -> None:
     """The comparison can fail: KV that arrives as zeros gives other tokens."""
     cluster = case.cluster(prefill=1, decode=1)

@@ -19,8 +19,8 @@ Pooling = Literal["", "last", "mean", "labels"]
 class Sampling:
     """How to choose a sequence's next token. A function of these, the seed, the position, the tokens and the logits.
 
-    temperature 0 is greedy. `top_k` 0, `top_p` 1.0, `min_p` 0.0 are off. `stop_ids` end the sequence unless fewer
-    than `min_new` tokens were written; the executor reports such an end, the policy knows `max_new`.
+    temperature 0 is greedy. `top_k` 0, `top_p` 1.0, `min_p` 0.0 are off. `stop_ids` end the sequence and are not among
+    the first `min_new` tokens; the executor reports such an end, the policy knows `max_new`.
     `repetition_penalty` (1.0 is off) looks at prompt and answer, the other two (0.0 is off) at the answer alone.
     """
 

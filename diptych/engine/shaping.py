@@ -30,7 +30,7 @@ def shaped(
     histories: Sequence[History],
     masks: Mapping[int, NDArray[np.bool_]] = _NO_MASKS,
 ) -> Tensor:
-    """Logits [rows, vocab] with bias, then penalties, then masks (by row, False is excluded).
+    """Logits [rows, vocab] with bias, then penalties, then masks (by row, False is excluded), then no early end.
 
     float32 where anything was done, otherwise what came in.
 
@@ -38,7 +38,7 @@ def shaped(
     that occurs in prompt or answer is divided, a negative one multiplied. Presence and frequency are OpenAI's, and
     look at the answer alone.
     """
-    if not masks and not any(map(_asks, sampling)):
+    if not masks and not any(map(_asks, sampling)) and not any(map(_is_early, sampling, histories)):
         return logits
     out = logits.to(torch.float32, copy=True)
     _apply(out, sampling, histories, _bias, torch.add)
@@ -46,11 +46,27 @@ def shaped(
     _apply(out, sampling, histories, _written, torch.sub)
     for row, mask in masks.items():
         out[row].masked_fill_(torch.from_numpy(~mask).to(out.device), float("-inf"))
+    for row, (how, history) in enumerate(zip(sampling, histories, strict=True)):
+        if _is_early(how, history):
+            _hold_off(out[row], list(how.stop_ids))
     return out
 
 
 def _asks(how: Sampling) -> bool:
     return bool(how.logit_bias or how.repetition_penalty != 1.0 or how.presence_penalty or how.frequency_penalty)
+
+
+def _is_early(how: Sampling, history: History) -> bool:
+    """A stop token may not be written yet."""
+    return bool(how.min_new and how.stop_ids) and len(history[0]) - history[1] < how.min_new
+
+
+def _hold_off(row: Tensor, stop_ids: list[int]) -> None:
+    """Exclude the stop tokens, unless a grammar left nothing else: then it is at its end."""
+    held = row.clone()
+    held[stop_ids] = float("-inf")
+    if bool((held > float("-inf")).any()):
+        row.copy_(held)
 
 
 def _apply(

@@ -45,12 +45,14 @@ from diptych.policy.messages import (
 class RouterSpec:
     """policy: how workers are scored. max_requests: in flight at most; more are refused with 429.
 
-    disaggregate_above: in a mixture, prompts with more uncached tokens than this go to a pair.
+    disaggregate_above: in a mixture, prompts with more uncached tokens than this go to a pair. max_queued_tokens: most
+    prompt tokens that wait to be computed; a prompt that would exceed it, and is not alone, is refused with 429.
     """
 
     policy: PolicyName = "prefix-aware"
     max_requests: int = 4096
     disaggregate_above: int = 256
+    max_queued_tokens: int | None = None
 
 
 class Router:
@@ -119,6 +121,10 @@ class Router:
         request = RequestView(event, self._clock, Ladder(REQUEST, Rung.QUEUED, now))
         if len(self.requests) >= self.spec.max_requests:
             self._reject(now, request, 429, f"{len(self.requests)} requests are in flight; try again later")
+            return
+        queued, most = sum(view.prompt_tokens for view in self.workers.values()), self.spec.max_queued_tokens
+        if most is not None and queued and queued + event.num_prompt > most:
+            self._reject(now, request, 429, f"{queued} prompt tokens are queued; try again later")
             return
         self.requests[event.request] = request
         self._place(now, request, event.num_prompt)

@@ -56,16 +56,18 @@ class Answer:
 
     `ended` says that the router has spoken its last word on it: before that, leaving it means cancelling it.
     `taken` and `scores` are the tokens that the last chunk added, also those that are no text (yet). A `silent` answer
-    shows nothing: its prompt was all that was asked for.
+    shows nothing: its prompt was all that was asked for. `shown`: special tokens that are text all the same.
     """
 
     __slots__ = (
         "_detokenizer", "_min_new", "_silent", "_stop_ids", "_stops",
-        "cached", "ended", "finish", "num_tokens", "prompt_scores", "record", "scores", "taken",
+        "cached", "ended", "finish", "num_tokens", "prompt_scores", "scores", "taken",
     )  # fmt: skip
 
-    def __init__(self, text: Text, job: Job, stops: Sequence[str] = (), silent: bool = False):
-        self._detokenizer = Detokenizer(text)
+    def __init__(
+        self, text: Text, job: Job, stops: Sequence[str] = (), silent: bool = False, shown: Sequence[str] = ()
+    ):
+        self._detokenizer = Detokenizer(text, shown)
         self._stops = StopStrings(stops) if stops else None
         self._stop_ids = job.sampling.stop_ids
         self._min_new = job.sampling.min_new

@@ -7,8 +7,6 @@ was checked. Whatever goes wrong leaves as OpenAI's error envelope. Not responsi
 
 import asyncio
 import contextlib
-import logging
-import socket
 import time
 import uuid
 from collections.abc import Awaitable, Callable, Iterator
@@ -18,30 +16,31 @@ from html import escape
 from typing import Any, TypeVar
 
 import msgspec
-import uvicorn
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, Response
 from starlette.routing import Route
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from diptych import __version__
+from diptych.engine.executor import Sampling
 from diptych.errors import BadRequest, DiptychError, Overloaded, Unavailable
 from diptych.serve import openai
+from diptych.serve.calls import Format
 from diptych.serve.exchange import Exchange, Order
 from diptych.serve.frontend import DrainCall, Frontend, Job, ModelCard
 from diptych.serve.guard import Guard
 from diptych.serve.intake import aside, check_size, read_body
 from diptych.serve.metrics import CONTENT_TYPE, Metrics
+from diptych.serve.outermost import Outermost
 from diptych.serve.retrieval import Retrieval
 from diptych.serve.schema import document
 from diptych.serve.structured import grammar_of
 from diptych.serve.text import Text, prompt_hashes
 from diptych.serve.tokenize import detokenize, tokenize
+from diptych.serve.tools import check_tools, format_of, grammar_of_calls, shown
 
-log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _DRAIN = msgspec.json.Decoder(DrainCall)
@@ -53,7 +52,9 @@ class Settings:
 
     max_body_bytes: int = 32 * 2**20
     max_prompts: int = 256  # in one completion request
+    body_timeout_s: float = 60.0  # how long a body may take to come
     retry_after_s: int = 1
+    tool_parser: str | None = None  # how the model writes calls: hermes, llama3 or none; None: as its template says
     api_key: str | None = None  # what requests must carry; None: nothing
     control_timeout_s: float = 2.0  # how long /health, /workers and /metrics wait for the router
 
@@ -67,6 +68,7 @@ class Api:
     card: ModelCard
     settings: Settings
     metrics: Metrics
+    calls: Format | None  # how the model writes them
 
     # --- generation ---
 
@@ -80,14 +82,19 @@ class Api:
 
     async def _generate(self, request: Request, chat: bool) -> Exchange:
         arrived = time.perf_counter()
-        call = openai.parse(await read_body(request, self.settings.max_body_bytes), chat)
+        call = openai.parse(await self.body(request), chat)
+        if chat:
+            check_tools(call)
         openai.check_model(call.model, self.card)
         openai.check_writes(self.card)
         openai.check_ids(call, self.card)
         prompts = [await self._encode_chat(call)] if chat else await self._encode_prompts(call)
-        jobs = [job for tokens in prompts for job in self._jobs(call, tokens, chat)]
-        if len(jobs) > self.settings.max_prompts:
+        if len(prompts) * openai.num_answers(call) > self.settings.max_prompts:
             raise BadRequest(f"at most {self.settings.max_prompts} answers in one request", "n")
+        sampling = self._sampling(call, chat)
+        jobs: list[Job] = []
+        for tokens in prompts:
+            jobs += await aside(4 * len(tokens), partial(self._jobs, call, tokens, sampling, chat))
         options = call.stream_options or openai.StreamOptions()
         order = Order(
             chat=chat,
@@ -97,7 +104,10 @@ class Api:
             with_usage=bool(options.include_usage),
             with_usage_always=bool(options.continuous_usage_stats),
             with_token_ids=bool(call.return_token_ids),
-            num_each=call.n or 1,
+            num_each=openai.num_answers(call),
+            num_best=call.n or 1 if call.best_of else None,
+            with_logprobs=openai.num_logprobs(call) >= 0,
+            calls=self.calls if chat and shown(call) else None,
             echoes=tuple(self._echoed(call, prompts)),
             silent=openai.writes_nothing(call),
             ident=f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}",
@@ -107,11 +117,15 @@ class Api:
         )
         return Exchange(order, self.frontend, self.text, self.metrics)
 
+    async def body(self, request: Request) -> bytes:
+        """A request's body, within the limits."""
+        return await read_body(request, self.settings.max_body_bytes, self.settings.body_timeout_s)
+
     async def _encode_chat(self, call: openai.Call) -> list[int]:
         assert call.messages is not None
         size = sum(len(str(message.get("content"))) for message in call.messages)
         self._check_size(size, "messages")
-        encode = partial(self.text.encode_chat, call.messages, call.tools, call.chat_template_kwargs)
+        encode = partial(self.text.encode_chat, call.messages, shown(call), call.chat_template_kwargs)
         return await aside(size, encode)
 
     async def _encode_prompts(self, call: openai.Call) -> list[list[int]]:
@@ -134,11 +148,14 @@ class Api:
             for given, tokens in zip(openai.prompts(call, self.settings.max_prompts), prompts, strict=True):
                 yield given if isinstance(given, str) else self.text.decode(tokens)
 
-    def _jobs(self, call: openai.Call, tokens: list[int], chat: bool) -> list[Job]:
-        """The jobs of one prompt: `n` of them, with a seed each."""
+    def _sampling(self, call: openai.Call, chat: bool) -> Sampling:
+        calls = grammar_of_calls(call, self.calls, self.text) if chat else ""
+        return replace(openai.sampling(call, self.card.stop_ids), grammar=grammar_of(call, self.card, calls))
+
+    def _jobs(self, call: openai.Call, tokens: list[int], sampling: Sampling, chat: bool) -> list[Job]:
+        """The jobs of one prompt, with a seed each."""
         openai.check_prompt(tokens, self.card)
         root, hashes = prompt_hashes(tokens, self.card, call.cache_salt or "")
-        sampling = replace(openai.sampling(call, self.card.stop_ids), grammar=grammar_of(call, self.card))
         job = Job(
             tokens=tokens,
             max_new=max(1, openai.max_new(call, len(tokens), self.card, chat)),
@@ -148,7 +165,8 @@ class Api:
             # Without hashes no prefix is found, so that every token of the prompt is computed, and has a probability.
             hashes=() if sampling.prompt_logprobs >= 0 else hashes,
         )
-        return [replace(job, sampling=replace(sampling, seed=(sampling.seed + i) % 2**63)) for i in range(call.n or 1)]
+        seeds = ((sampling.seed + i) % 2**63 for i in range(openai.num_answers(call)))
+        return [replace(job, sampling=replace(sampling, seed=seed)) for seed in seeds]
 
     # --- the tokenizer ---
 
@@ -161,7 +179,7 @@ class Api:
         return await self._on_text(request, detokenize)
 
     async def _on_text(self, request: Request, work: Callable[[bytes, Text, ModelCard], Any]) -> Response:
-        body = await read_body(request, self.settings.max_body_bytes)
+        body = await self.body(request)
         return _json(await aside(len(body), partial(work, body, self.text, self.card)))
 
     # --- looking in ---
@@ -196,7 +214,7 @@ class Api:
 
     async def drain(self, request: Request) -> Response:
         """`POST /workers/{id}/drain`: 202; 404 for a worker nobody knows, 409 for one that is needed."""
-        call = openai.decoded(_DRAIN, await read_body(request, self.settings.max_body_bytes) or b"{}")
+        call = openai.decoded(_DRAIN, await self.body(request) or b"{}")
         made = self.frontend.drain(request.path_params["id"], call.timeout_s, call.force)
         return _json(await self._ask(made), 202)
 
@@ -228,11 +246,12 @@ class Api:
 
 def make_app(frontend: Frontend, text: Text, card: ModelCard, settings: Settings | None = None) -> Starlette:
     """The ASGI application."""
-    api = Api(frontend, text, card, settings or Settings(), Metrics(card.name))
+    settings = settings or Settings()
+    api = Api(frontend, text, card, settings, Metrics(card.name), format_of(text, settings.tool_parser))
     routes = [
         Route("/v1/completions", api.completions, methods=["POST"]),
         Route("/v1/chat/completions", api.chat_completions, methods=["POST"]),
-        *Retrieval(frontend, text, card, api.metrics, api.settings.max_body_bytes).routes(),
+        *Retrieval(frontend, text, card, api.metrics, api.body).routes(),
         Route("/tokenize", api.tokenize, methods=["POST"]),
         Route("/detokenize", api.detokenize, methods=["POST"]),
         Route("/v1/models", api.models),
@@ -254,70 +273,6 @@ def make_app(frontend: Frontend, text: Text, card: ModelCard, settings: Settings
     app.router.redirect_slashes = False  # a redirect has no envelope, and clients drop the body on the way
     app.state.api = api
     return app
-
-
-def make_server(app: ASGIApp, host: str = "127.0.0.1", port: int = 0, fd: int | None = None) -> uvicorn.Server:
-    """A uvicorn server set up for token streams: uvloop, httptools, TCP_NODELAY (asyncio's default), no access log."""
-    config = uvicorn.Config(
-        app,
-        host=host,
-        port=port,
-        fd=fd,
-        loop="uvloop",
-        http="httptools",
-        ws="none",
-        lifespan="off",
-        access_log=False,
-        log_level="warning",
-        server_header=False,
-        timeout_keep_alive=75,
-        timeout_graceful_shutdown=5,
-        backlog=2048,
-    )
-    return uvicorn.Server(config)
-
-
-def port_of(server: uvicorn.Server) -> int:
-    """The port a started server listens on."""
-    bound: socket.socket = server.servers[0].sockets[0]
-    return int(bound.getsockname()[1])
-
-
-class Outermost:
-    """Gives every reply the request's `X-Request-Id`, and turns an error of ours into a 500 with an envelope."""
-
-    def __init__(self, app: ASGIApp):
-        self.app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            return
-        ident = _request_id(scope["headers"])
-        started = False
-
-        async def send_named(message: Message) -> None:
-            nonlocal started
-            if message["type"] == "http.response.start":
-                started = True
-                message["headers"] = [*message.get("headers", ()), (b"x-request-id", ident)]
-            await send(message)
-
-        try:
-            await self.app(scope, receive, send_named)
-        except Exception:
-            log.exception("request %s failed", ident.decode("latin-1"))
-            if started:
-                raise  # uvicorn closes the connection: the client sees that the reply is not whole
-            body = openai.envelope("internal error; the log has more", DiptychError.kind)
-            await Response(body, 500, media_type="application/json")(scope, receive, send_named)
-
-
-def _request_id(headers: list[tuple[bytes, bytes]]) -> bytes:
-    given = next((value for name, value in headers if name == b"x-request-id"), b"")
-    # Only what is safe in a header and a log line is taken over.
-    if 0 < len(given) <= 128 and all(33 <= char <= 126 for char in given):
-        return given
-    return uuid.uuid4().hex.encode()
 
 
 def _json(value: Any, status: int = 200) -> Response:

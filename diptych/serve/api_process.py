@@ -8,6 +8,7 @@ import contextlib
 import itertools
 import logging
 import socket
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -17,10 +18,11 @@ from diptych.errors import Conflict, NotFound, ProtocolError, Unavailable
 from diptych.modelfacts import locate
 from diptych.policy.messages import Cancelled, Reason
 from diptych.serve import process
-from diptych.serve.api import Settings, make_app, make_server
+from diptych.serve.api import Settings, make_app
 from diptych.serve.build import cluster_card
 from diptych.serve.channel import Channel, call
 from diptych.serve.frontend import Chunk, Job
+from diptych.serve.server import make_server
 from diptych.serve.text import Text
 from diptych.serve.wire import Ask, Deliver, Hello, Report, Retire, Submit, Ticket, pack, pack_ids, unpack_emit
 
@@ -30,6 +32,30 @@ STOP_S = 5  # open requests may go on for so long when we are told to stop
 REPORT_S = 3.0  # longer than the router gives its workers
 
 
+class Inbox:
+    """The chunks of one request that were not taken yet: a queue for one taker, cheaper than asyncio's."""
+
+    __slots__ = ("_chunks", "_waiter")
+
+    def __init__(self) -> None:
+        self._chunks: deque[Chunk] = deque()
+        self._waiter: asyncio.Future[None] | None = None
+
+    def put(self, chunk: Chunk) -> None:
+        """Add one; never waits."""
+        self._chunks.append(chunk)
+        waiter = self._waiter
+        if waiter is not None and not waiter.done():
+            waiter.set_result(None)
+
+    async def get(self) -> Chunk:
+        """Wait for the next one."""
+        while not self._chunks:
+            self._waiter = asyncio.get_running_loop().create_future()
+            await self._waiter
+        return self._chunks.popleft()
+
+
 class RouterFrontend:
     """Implements `Frontend` over a channel to the router."""
 
@@ -37,7 +63,7 @@ class RouterFrontend:
         self.lost = asyncio.Event()  # the router is gone for good
         self._drain_timeout_s = 0.0
         self._channel: Channel | None = None
-        self._streams: dict[int, asyncio.Queue[Chunk]] = {}
+        self._streams: dict[int, Inbox] = {}
         self._reports: dict[int, asyncio.Future[dict[str, Any]]] = {}
         self._numbers = itertools.count(1)
 
@@ -52,11 +78,11 @@ class RouterFrontend:
         if self._channel is not None:
             self._channel.close()
 
-    def submit(self, job: Job) -> tuple[int, asyncio.Queue[Chunk]]:
+    def submit(self, job: Job) -> tuple[int, Inbox]:
         """Send a job off."""
         channel = self._connected()
         request = next(self._numbers)
-        stream = self._streams[request] = asyncio.Queue()
+        stream = self._streams[request] = Inbox()
         ticket = Ticket(pack_ids(job.tokens), len(job.tokens), job.sampling, job.root)
         channel.say(Submit(request, len(job.tokens), job.max_new, job.priority, job.hashes), pack(ticket))
         return request, stream
@@ -132,14 +158,14 @@ class RouterFrontend:
             reason = Reason(message.reason) if message.reason else None
             error = (message.status, message.why) if message.status else None
             tokens, extra = unpack_emit(message.count, attachment)
-            stream.put_nowait(Chunk(tokens, reason, error, extra.cached, extra.scores, extra.prompt, extra.vector))
+            stream.put(Chunk(tokens, reason, error, extra.cached, extra.scores, extra.prompt, extra.vector))
 
     def _lost(self, why: str) -> None:
         """The router is gone: every stream ends with an error, none is left waiting."""
         log.error("the router is gone: %s", why)
         self._channel = None
         for stream in self._streams.values():
-            stream.put_nowait(Chunk([], None, (503, "the router is gone; try again later")))
+            stream.put(Chunk([], None, (503, "the router is gone; try again later")))
         self._streams.clear()
         self.lost.set()
 
@@ -148,9 +174,8 @@ async def serve(orders: process.Orders) -> None:
     """Serve HTTP until told to stop; then open requests may finish for a few seconds."""
     cluster = orders.cluster
     frontend = RouterFrontend()
-    app = make_app(
-        frontend, Text.load(locate(cluster.folder)), cluster_card(cluster), Settings(api_key=cluster.api_key)
-    )
+    settings = Settings(api_key=cluster.api_key, tool_parser=cluster.tool_parser)
+    app = make_app(frontend, Text.load(locate(cluster.folder)), cluster_card(cluster), settings)
     await frontend.connect(orders)
     server = make_server(app, cluster.host, cluster.port)
     server.config.timeout_graceful_shutdown = STOP_S

@@ -16,8 +16,10 @@ from starlette.types import Message, Receive, Scope, Send
 from diptych.errors import DiptychError
 from diptych.serve import openai, replies
 from diptych.serve.answer import Answer
+from diptych.serve.calls import CallParser, Format
 from diptych.serve.frontend import Frontend, Job
 from diptych.serve.metrics import Metrics, Timer
+from diptych.serve.outermost import Record
 from diptych.serve.text import Text
 from diptych.serve.turn import Showing, Turn
 
@@ -33,7 +35,8 @@ class Order:
     """What a checked request comes down to. `jobs` are numbered by choice; `arrived` is on `perf_counter`.
 
     The jobs of one prompt follow each other, `num_each` of them. `echoes`: the texts of the prompts, where the answers
-    are to begin with them; `silent`: they are all that is wanted.
+    are to begin with them; `silent`: they are all that is wanted. `num_best`: so many of each prompt's answers are
+    shown, those of the highest mean log-probability. `calls`: how calls are written, where they are to be found.
     """
 
     chat: bool
@@ -50,6 +53,9 @@ class Order:
     silent: bool = False
     with_usage_always: bool = False
     with_token_ids: bool = False
+    with_logprobs: bool = False
+    num_best: int | None = None
+    calls: Format | None = None
 
 
 class Exchange:
@@ -61,13 +67,18 @@ class Exchange:
         self._frontend = frontend
         self._turns: list[Turn] = []
         for number, job in enumerate(order.jobs):
-            answer = Answer(text, job, order.stops, order.silent)
+            form = order.calls
+            answer = Answer(text, job, order.stops, order.silent, form.markers if form else ())
             timer = Timer(metrics, order.arrived, len(job.tokens))
             leader = self._turns[number - number % order.num_each] if number % order.num_each else None
-            self._turns.append(Turn(job, answer, timer, leader, Showing(text, order.chat, job, order.with_token_ids)))
+            showing = Showing(text, order.chat, job, order.with_token_ids, order.with_logprobs)
+            self._turns.append(Turn(job, answer, timer, leader, showing, CallParser(form) if form else None))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await while_connected(receive, self._run(_Wire(send)))
+        try:
+            await while_connected(receive, self._run(_Wire(send)))
+        finally:
+            scope["record"] = self._record()
 
     async def _run(self, wire: "_Wire") -> None:
         try:
@@ -81,12 +92,21 @@ class Exchange:
 
     async def _collect(self, wire: "_Wire") -> None:
         texts = await all_of([self._whole(turn) for turn in self._turns])
-        choices = [
-            replies.choice(self._order.chat, number, self._echo(number) + text, turn.answer.finish or "", turn.whole())
-            for number, (turn, text) in enumerate(zip(self._turns, texts, strict=True))
-        ]
+        choices = []
+        for index, number in enumerate(self._best()):
+            turn, text = self._turns[number], self._echo(number) + texts[number]
+            said = replies.message(turn.pieces(text)) if self._order.chat else {"text": text}
+            choices.append(replies.choice(said, index, turn.finish, turn.whole()))
         ids = self._order.jobs[0].tokens if self._order.chat and self._order.with_token_ids else None
         await wire.reply(replies.reply(self._head, choices, self._usage(), prompt_token_ids=ids))
+
+    def _best(self) -> list[int]:
+        """The answers to show, by number: all, or the most likely of each prompt's."""
+        numbers, each, best = range(len(self._turns)), self._order.num_each, self._order.num_best
+        if best is None:
+            return list(numbers)
+        groups = [numbers[i : i + each] for i in range(0, len(numbers), each)]
+        return [n for group in groups for n in sorted(group, key=lambda n: -self._turns[n].mean_logprob())[:best]]
 
     async def _whole(self, turn: Turn) -> str:
         await turn.begin(self._frontend)
@@ -122,10 +142,12 @@ class Exchange:
             if first:
                 data = self._beginning(number, frames, used)
                 first = False
-            if text or answer.taken:
+            if turn.parser is not None:
+                data += frames.pieces(turn.pieces(text), turn.showing.step(answer, used))
+            elif text or answer.taken:
                 data += frames.text(text, turn.showing.step(answer, used))
             if answer.finish is not None:
-                data += frames.last(answer.finish, replies.Detail(usage=used))
+                data += frames.last(turn.finish, replies.Detail(usage=used))
             if data:
                 await wire.write(data)
 
@@ -141,6 +163,14 @@ class Exchange:
 
     def _echo(self, number: int) -> str:
         return self._order.echoes[number // self._order.num_each] if self._order.echoes else ""
+
+    def _record(self) -> Record:
+        """What the log says of it; `cancelled` is a client that left."""
+        used = self._usage()
+        ends = sorted({turn.ending for turn in self._turns})
+        cached = used["prompt_tokens_details"]["cached_tokens"]
+        ttft_s = self._turns[0].ttft_s
+        return Record(used["prompt_tokens"], cached, used["completion_tokens"], ttft_s, ",".join(ends))
 
     def _usage(self) -> dict[str, Any]:
         written = sum(turn.answer.num_tokens for turn in self._turns)

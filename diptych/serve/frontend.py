@@ -55,8 +55,7 @@ class Job:
     hashes: tuple[bytes, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class Chunk:
+class Chunk(msgspec.Struct, frozen=True):
     """The next tokens of an answer. The last chunk has a `reason` or an `error` (HTTP status, why).
 
     `tokens` includes the stop token that ended it. `cached`: prompt tokens whose KV was found, said at the latest in

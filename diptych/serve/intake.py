@@ -1,4 +1,4 @@
-"""Takes in what a client sent: bodies up to a limit, and long texts without holding up everyone else.
+"""Takes in what a client sent: bodies within limits of size and time, and long texts without holding up everyone else.
 
 Not responsible for what a body says (`openai.py`, `pooling.py`), nor for tokens (`text.py`).
 """
@@ -9,7 +9,7 @@ from typing import TypeVar
 
 from starlette.requests import Request
 
-from diptych.errors import TooLarge
+from diptych.errors import TooLarge, TooSlow
 from diptych.serve.frontend import ModelCard
 from diptych.serve.openai import too_long
 from diptych.serve.text import Text
@@ -20,15 +20,19 @@ T = TypeVar("T")
 _LONG_TEXT = 8192
 
 
-async def read_body(request: Request, limit: int) -> bytes:
-    """The whole body; TooLarge as soon as it is known to be over `limit` bytes."""
+async def read_body(request: Request, limit: int, timeout_s: float) -> bytes:
+    """The whole body; TooLarge over `limit` bytes, TooSlow after `timeout_s` seconds."""
     if int(request.headers.get("content-length", "0")) > limit:
         raise TooLarge(f"the request body is over {limit} bytes")
     body = bytearray()
-    async for part in request.stream():
-        body += part
-        if len(body) > limit:
-            raise TooLarge(f"the request body is over {limit} bytes")
+    try:
+        async with asyncio.timeout(timeout_s):
+            async for part in request.stream():
+                body += part
+                if len(body) > limit:
+                    raise TooLarge(f"the request body is over {limit} bytes")
+    except TimeoutError as error:
+        raise TooSlow(f"the request body did not come within {timeout_s:g} s") from error
     return bytes(body)
 
 

@@ -39,6 +39,8 @@ _WAITS = (
 _GAPS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.015, 0.025, 0.04, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0, 2.5, 10.0)
 _TOTALS = (0.01, 0.05, 0.1, 0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 60.0, 120.0, 300.0, 900.0)
 
+_LENGTHS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 20_000, 50_000, 100_000, 200_000)
+
 
 class Metrics:
     """The registry of one API process and what requests observe into it. `model` is a label of the aliases."""
@@ -64,6 +66,12 @@ class Metrics:
         self.cached_tokens = Counter("diptych_prompt_tokens_cached", "Those of them whose KV was found", registry=at)
         self.generation_tokens = Counter("diptych_generation_tokens", "Tokens written", registry=at)
         self.requests = Counter("diptych_requests", "Requests that left, by how", ["reason"], registry=at)
+        self.prompt_lengths = Histogram(
+            "diptych_request_prompt_tokens", "Prompt tokens of one finished request", buckets=_LENGTHS, registry=at
+        )
+        self.answer_lengths = Histogram(
+            "diptych_request_generation_tokens", "Tokens one finished request wrote", buckets=_LENGTHS, registry=at
+        )
         self.running = Gauge("diptych_requests_running", "Requests submitted and not yet left", registry=at)
         for reason in ("stop", "length", "computed", "cancelled", "rejected", "failed"):
             self.requests.labels(reason)  # a series that is there from the start can be rated from the start
@@ -82,6 +90,10 @@ class Metrics:
             "prompt_tokens": self.prompt_tokens,
             "generation_tokens": self.generation_tokens,
             "request_success": self.requests,
+            "request_prompt_tokens": self.prompt_lengths,
+            "request_generation_tokens": self.answer_lengths,
+            "prefix_cache_queries": self.prompt_tokens,  # in tokens, as there
+            "prefix_cache_hits": self.cached_tokens,
         }
 
     def expose(self, workers: Sequence[Mapping[str, Any]]) -> bytes:
@@ -102,6 +114,11 @@ class Timer:
         self._num_tokens = 0
         self._first = self._last = arrived
         metrics.running.inc()
+
+    @property
+    def ttft_s(self) -> float | None:
+        """Seconds to the first token, once it is there."""
+        return self._first - self._arrived if self._num_tokens else None
 
     def tokens(self, count: int) -> None:
         """`count` tokens came, together: one gap as long as it was, and none between them."""
@@ -134,6 +151,8 @@ class Timer:
         if reason not in ("stop", "length", "computed"):
             return
         metrics.cached_tokens.inc(cached)
+        metrics.prompt_lengths.observe(self._num_prompt)
+        metrics.answer_lengths.observe(self._num_tokens)
         metrics.e2e.observe(self._last - self._arrived)
         if self._num_tokens > 1:
             metrics.tpot.observe((self._last - self._first) / (self._num_tokens - 1))

@@ -43,6 +43,8 @@ class Call(msgspec.Struct, kw_only=True):
     prompt: str | list[str | int | list[int]] | None = None
     messages: list[dict[str, Any]] | None = None
     tools: list[dict[str, Any]] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -64,6 +66,7 @@ class Call(msgspec.Struct, kw_only=True):
     priority: _Rank | None = None
     cache_salt: str | None = None
     n: Annotated[int, Meta(ge=1, le=MAX_CHOICES)] | None = None
+    best_of: Annotated[int, Meta(ge=1, le=MAX_CHOICES)] | None = None
     echo: bool | None = None
     logprobs: bool | Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)] | None = None
     top_logprobs: Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)] | None = None
@@ -75,17 +78,13 @@ class Call(msgspec.Struct, kw_only=True):
     guided_choice: list[str] | None = None
     return_token_ids: bool | None = None
     # Known and not supported; the only value let through is the one that changes nothing (see _NEUTRAL).
-    best_of: int | None = None
     suffix: str | None = None
     prompt_logprobs: int | None = None
-    tool_choice: str | dict[str, Any] | None = None
 
 
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "best_of": (1,),
     "suffix": ("",),
     "prompt_logprobs": (),
-    "tool_choice": ("none", "auto"),
 }
 
 _CALL = msgspec.json.Decoder(Call)
@@ -113,6 +112,7 @@ def parse(body: bytes, chat: bool) -> Call:
     _refuse_unsupported(call)
     _check_stops(call)
     _check_logprobs(call, chat)
+    _check_best_of(call, chat)
     if call.echo and chat:
         raise BadRequest("'echo' is for completions", "echo")
     for name in ("max_tokens", "max_completion_tokens"):
@@ -143,6 +143,14 @@ def _check_logprobs(call: Call, chat: bool) -> None:
         raise BadRequest(f"'logprobs' is {'true or false' if chat else 'a number'} here", "logprobs")
     if call.top_logprobs and not (chat and asked):
         raise BadRequest("'top_logprobs' needs 'logprobs': true, in a chat completion", "top_logprobs")
+
+
+def _check_best_of(call: Call, chat: bool) -> None:
+    """So many answers are written, of which the `n` best are shown; OpenAI's, for completions alone."""
+    if call.best_of is None or call.best_of == (call.n or 1):
+        return
+    if chat or call.stream or call.best_of < (call.n or 1):
+        raise BadRequest("'best_of' is at least 'n', for completions, and cannot be streamed", "best_of")
 
 
 def num_logprobs(call: Call) -> int:
@@ -221,6 +229,11 @@ def max_new(call: Call, num_prompt: int, card: ModelCard, chat: bool) -> int:
     return asked
 
 
+def num_answers(call: Call) -> int:
+    """How many answers to write to each prompt: `n`, or `best_of`, of which `n` are shown."""
+    return call.best_of or call.n or 1
+
+
 def writes_nothing(call: Call) -> bool:
     """The prompt is all that is wanted: `echo` with no token to be written."""
     return bool(call.echo) and (call.max_completion_tokens or call.max_tokens) == 0
@@ -236,6 +249,7 @@ def sampling(call: Call, stop_ids: tuple[int, ...]) -> Sampling:
     """The sampling parameters. Without a seed each request gets its own."""
     ends = () if call.ignore_eos else stop_ids
     top = num_logprobs(call)
+    ranked = call.best_of is not None  # by log-probability, whether or not it is shown
     return Sampling(
         temperature=1.0 if call.temperature is None else call.temperature,
         top_k=max(0, call.top_k or 0),
@@ -248,7 +262,7 @@ def sampling(call: Call, stop_ids: tuple[int, ...]) -> Sampling:
         presence_penalty=call.presence_penalty or 0.0,
         frequency_penalty=call.frequency_penalty or 0.0,
         logit_bias=tuple(sorted((call.logit_bias or {}).items())),
-        logprobs=top,
+        logprobs=max(top, 0) if ranked else top,
         prompt_logprobs=top if call.echo else -1,
     )
 

@@ -20,6 +20,7 @@ import uvloop
 
 from diptych.config import Cluster
 from diptych.errors import DiptychError
+from diptych.serve import logs
 
 _PR_SET_PDEATHSIG = 1
 
@@ -66,7 +67,7 @@ def run(
     """
     orders = msgspec.json.decode(sys.stdin.buffer.read(), type=Orders)
     die_with_parent()
-    logging.basicConfig(level=logging.WARNING, format=f"%(asctime)s {orders.name} %(levelname)s %(message)s")
+    logs.set_up(orders.name, orders.cluster.log_format, orders.cluster.log_level)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole group; the supervisor says when to stop
     try:
         if prepare is not None:

@@ -3,18 +3,20 @@
 `return_token_ids` and `continuous_usage_stats` are vLLM's, and look as they do there.
 """
 
-from dataclasses import dataclass
+import uuid
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
+
+from diptych.serve.calls import Piece
 
 DONE = b"data: [DONE]\n\n"
 
 _encode = msgspec.json.encode
 
 
-@dataclass(frozen=True, slots=True)
-class Detail:
+class Detail(msgspec.Struct, frozen=True):
     """What a choice says beside its text, where it was asked for."""
 
     logprobs: Any = None
@@ -36,9 +38,35 @@ def usage(num_prompt: int, num_written: int, num_cached: int) -> dict[str, Any]:
     }
 
 
-def choice(chat: bool, index: int, text: str, finish: str, detail: Detail = PLAIN) -> dict[str, Any]:
-    """One finished answer of a reply that is not streamed."""
-    said = {"message": {"role": "assistant", "content": text}} if chat else {"text": text}
+def message(pieces: Sequence[Piece]) -> dict[str, Any]:
+    """What a chat's answer says: its content (null where there are only calls), and its calls."""
+    content = "".join(piece.text for piece in pieces if piece.call < 0)
+    calls: list[dict[str, Any]] = []
+    for piece in pieces:
+        if piece.name:
+            calls.append(_call(piece.name))
+        if piece.call >= 0:
+            calls[piece.call]["function"]["arguments"] += piece.text
+    said: dict[str, Any] = {"role": "assistant", "content": None if calls and not content else content}
+    return {"message": said | ({"tool_calls": calls} if calls else {})}
+
+
+def _call(name: str) -> dict[str, Any]:
+    """A call that begins."""
+    return {"id": f"call_{uuid.uuid4().hex[:24]}", "type": "function", "function": {"name": name, "arguments": ""}}
+
+
+def _delta(piece: Piece) -> dict[str, Any]:
+    """What a piece adds to a chat's answer."""
+    if piece.call < 0:
+        return {"content": piece.text}
+    known = _call(piece.name) if piece.name else {"function": {"arguments": piece.text}}
+    return {"tool_calls": [{"index": piece.call, **known}]}
+
+
+def choice(said: dict[str, Any], index: int, finish: str, detail: Detail = PLAIN) -> dict[str, Any]:
+    """One finished answer of a reply that is not streamed; `said`: its `message` or `text`."""
+    chat = "message" in said
     ids: dict[str, Any] = {} if detail.token_ids is None else {"token_ids": detail.token_ids}
     if detail.prompt_ids is not None and not chat:  # a chat has one prompt, and says it once, beside the choices
         ids["prompt_token_ids"] = detail.prompt_ids
@@ -77,6 +105,13 @@ class Frames:
         """More of the answer."""
         said = b'"delta":{"content":' + _encode(text) + b"}" if self._chat else b'"text":' + _encode(text)
         return self._event(said, b"null", detail)
+
+    def pieces(self, pieces: Sequence[Piece], detail: Detail = PLAIN) -> bytes:
+        """More of an answer in which calls are looked for: an event each, the first with the details."""
+        if not pieces:
+            return b"" if detail is PLAIN else self._event(b'"delta":{}', b"null", detail)
+        said = (b'"delta":' + _encode(_delta(piece)) for piece in pieces)
+        return b"".join(self._event(part, b"null", PLAIN if at else detail) for at, part in enumerate(said))
 
     def last(self, finish: str, detail: Detail = PLAIN) -> bytes:
         """The end of the answer."""

@@ -18,7 +18,7 @@ from starlette.routing import Route
 from diptych.engine.executor import Pooling
 from diptych.serve import openai, pooling
 from diptych.serve.frontend import Frontend, ModelCard
-from diptych.serve.intake import aside, read_body
+from diptych.serve.intake import aside
 from diptych.serve.metrics import Metrics
 from diptych.serve.pooling import ClassifyCall, EmbeddingCall, RerankCall, ScoreCall
 from diptych.serve.text import Text
@@ -41,7 +41,7 @@ class Retrieval:
     text: Text
     card: ModelCard
     metrics: Metrics
-    max_body_bytes: int
+    body: Callable[[Request], Awaitable[bytes]]  # reads a request's body, within its limits
 
     def routes(self) -> list[Route]:
         """Every path; those without `/v1` are vLLM's, `/v2/rerank` is Cohere's."""
@@ -131,7 +131,7 @@ class Retrieval:
 
     async def _read(self, request: Request, decoder: msgspec.json.Decoder[C]) -> tuple[C, int]:
         """The checked body, and how long it is."""
-        body = await read_body(request, self.max_body_bytes)
+        body = await self.body(request)
         call = openai.decoded(decoder, body)
         openai.check_model(call.model, self.card)
         pooling.refuse_cuts(truncate_prompt_tokens=call.truncate_prompt_tokens)

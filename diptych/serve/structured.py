@@ -19,12 +19,16 @@ MAX_BYTES = 1 << 16  # of a grammar: a worker compiles it between two steps
 WHITESPACE = r"[ \n]{0,20}"
 
 Wish = tuple[str, str, Any]
-"""The field that said it, its kind (json, regex, choice), and what it said."""
+"""The field that said it, its kind (json, regex, choice, lark), and what it said."""
 
 
-def grammar_of(call: Call, card: ModelCard) -> str:
-    """The grammar a request asks for, "" where it asks for none; raises `BadRequest`."""
-    wishes = _wishes(call)
+def grammar_of(call: Call, card: ModelCard, calls: str = "") -> str:
+    """The grammar a request asks for, "" where it asks for none; raises `BadRequest`.
+
+    calls: that of the calls its answer must be, in Lark.
+    """
+    wishes: list[Wish] = [("tool_choice", "lark", calls)] if calls else []
+    wishes += _wishes(call)
     if not wishes:
         return ""
     param, kind, wish = wishes[0]
@@ -69,6 +73,8 @@ def _of_format(wanted: dict[str, Any]) -> list[Wish]:
 
 def _grammar(matcher: Any, param: str, kind: str, wish: Any) -> Any:
     match kind, wish:
+        case "lark", str() if param == "tool_choice":
+            return matcher.grammar_from_lark(wish)
         case "json", dict() | str():
             text = wish if isinstance(wish, str) else msgspec.json.encode(wish).decode()
             try:

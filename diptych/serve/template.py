@@ -22,9 +22,10 @@ from diptych.errors import BadRequest, ConfigError
 
 
 class ChatTemplate:
-    """Turns a list of messages into the text the model was trained to continue."""
+    """Turns a list of messages into the text the model was trained to continue. `source`: that with tools."""
 
     def __init__(self, source: str, specials: Mapping[str, str] | None = None, tool_source: str | None = None):
+        self.source = tool_source or source
         self._specials = dict(specials or {})
         self._template = _compile(source)
         self._with_tools = _compile(tool_source) if tool_source else self._template
@@ -65,7 +66,10 @@ class ChatTemplate:
 
 
 def flatten(message: Mapping[str, Any], at: int) -> dict[str, Any]:
-    """A message with its content as one string; parts other than text are refused."""
+    """A message with its content as one string and its calls' arguments as objects, which is what templates expect.
+
+    Parts other than text are refused.
+    """
     role, content = message.get("role"), message.get("content")
     where = f"messages[{at}]"
     if not isinstance(role, str) or not role:
@@ -76,7 +80,30 @@ def flatten(message: Mapping[str, Any], at: int) -> dict[str, Any]:
         content = "\n".join(_part_text(part, f"{where}.content[{i}]") for i, part in enumerate(content))
     if not isinstance(content, str):
         raise BadRequest(f"{where}.content must be a string or a list of text parts", f"{where}.content")
-    return {**message, "content": content}
+    calls = message.get("tool_calls")
+    known = {**message, "content": content}
+    return known | {"tool_calls": _calls(calls, f"{where}.tool_calls")} if calls else known
+
+
+def _calls(calls: Any, where: str) -> list[dict[str, Any]]:
+    """The calls of an assistant's message; OpenAI has the arguments as JSON in a string."""
+    found = []
+    for at, call in enumerate(calls if isinstance(calls, list) else [calls]):
+        match call:
+            case {"function": {"name": str(), "arguments": str(text)} as function}:
+                found.append({**call, "function": {**function, "arguments": _object(text, f"{where}[{at}]")}})
+            case {"function": {"name": str(), "arguments": dict()}}:
+                found.append(call)
+            case _:
+                raise BadRequest(f"{where}[{at}] must have a function with a name and arguments", where)
+    return found
+
+
+def _object(text: str, where: str) -> dict[str, Any]:
+    try:
+        return msgspec.json.decode(text or "{}", type=dict[str, Any])
+    except msgspec.DecodeError as error:
+        raise BadRequest(f"{where}.function.arguments must be a JSON object: {error}", where) from error
 
 
 def _part_text(part: Any, where: str) -> str:

@@ -6,7 +6,7 @@ loop during a long encode (`api.py`).
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -75,6 +75,11 @@ class Text:
             raise BadRequest("this model has no chat template; use /v1/completions", "messages")
         return self.encode(self.chat.render(messages, tools, extra), add_special=False)
 
+    def id_of(self, token: str) -> int | None:
+        """The id of a token by name, if it is one."""
+        found: int | None = self.tokenizer.token_to_id(token)
+        return found
+
     def token(self, token: int) -> str:
         """One token as the text it adds after others, special ones by name; U+FFFD for parts of characters."""
         known = self._shown.get(token)
@@ -128,14 +133,14 @@ class Detokenizer:
 
     Keeps a short window of tokens and how many characters of its text were given out. The window begins where a
     character did, one step or more before the newest token, because some decoders treat the first token of a text
-    differently (a leading space).
+    differently (a leading space). Special tokens are no text, except those `shown`, by name.
     """
 
     __slots__ = ("_ids", "_mark", "_sent", "_special", "_tokenizer")
 
-    def __init__(self, text: Text):
+    def __init__(self, text: Text, shown: Iterable[str] = ()):
         self._tokenizer = text.tokenizer
-        self._special = text.special_ids
+        self._special = text.special_ids.difference(map(text.id_of, shown))
         self._ids: list[int] = []
         self._mark = 0  # where the next window may begin: a character ended before it
         self._sent = 0  # characters of the window's text already given out

@@ -9,8 +9,9 @@ from typing import Any
 from diptych.engine.executor import Score
 from diptych.errors import DiptychError, Overloaded, Unavailable
 from diptych.serve.answer import Answer
+from diptych.serve.calls import CallParser, Piece
 from diptych.serve.frontend import Frontend, Job, Stream
-from diptych.serve.logprobs import OfCompletion, of_chat, together
+from diptych.serve.logprobs import OfCompletion, entries, of_chat, together
 from diptych.serve.metrics import Timer
 from diptych.serve.replies import PLAIN, Detail, usage
 from diptych.serve.text import Text
@@ -19,11 +20,11 @@ from diptych.serve.text import Text
 class Showing:
     """What a choice says beside its text: log-probabilities and token ids, where asked for."""
 
-    def __init__(self, text: Text, chat: bool, job: Job, with_ids: bool):
+    def __init__(self, text: Text, chat: bool, job: Job, with_ids: bool, scored: bool):
         self._text = text
         self._job = job
         self._with_ids = with_ids
-        self._scored = job.sampling.logprobs >= 0
+        self._scored = scored
         self._completion = None if chat else OfCompletion(text)
         self._plain = not (self._scored or with_ids)
 
@@ -60,13 +61,23 @@ class Showing:
 class Turn:
     """One job. Where it has a `leader` with the same prompt, it is submitted when the prompt is computed.
 
-    Its KV is then found, wherever the leader's prompt was computed, instead of computed once more.
+    Its KV is then found, wherever the leader's prompt was computed, instead of computed once more. `parser` finds
+    calls, where there may be any.
     """
 
-    def __init__(self, job: Job, answer: Answer, timer: Timer, leader: "Turn | None", showing: Showing):
+    def __init__(
+        self,
+        job: Job,
+        answer: Answer,
+        timer: Timer,
+        leader: "Turn | None",
+        showing: Showing,
+        parser: CallParser | None = None,
+    ):
         self.job = job
         self.answer = answer
         self.showing = showing
+        self.parser = parser
         self.waits = leader is not None and bool(job.hashes)  # a prompt of less than a block is never found
         self._leader = leader
         self._timer = timer
@@ -116,12 +127,39 @@ class Turn:
         """What to say beside the whole answer."""
         return self.showing.whole(self.answer, self._taken, self._scores)
 
+    def mean_logprob(self) -> float:
+        """Of the tokens that were kept; what is not known counts as certain."""
+        return sum(entries(score)[0][1] for score in self._scores) / max(len(self._scores), 1)
+
+    def pieces(self, text: str) -> list[Piece]:
+        """What more text adds to content and calls; with the last of an answer also what was held back."""
+        if self.parser is None:
+            return [Piece(text)]
+        found = self.parser.push(text)
+        return found if self.answer.finish is None else found + self.parser.flush()
+
+    @property
+    def finish(self) -> str:
+        """OpenAI's finish reason, once there is one: an answer that stopped after a call stopped for it."""
+        called = self.parser is not None and self.parser.num_calls > 0
+        return "tool_calls" if called and self.answer.finish == "stop" else self.answer.finish or ""
+
     def usage(self) -> dict[str, Any]:
         """The usage of this choice so far."""
         return usage(len(self.job.tokens), self.answer.num_tokens, self.answer.cached)
 
+    @property
+    def ending(self) -> str:
+        """How it went: OpenAI's finish reason, or `cancelled`, `rejected`, `failed`."""
+        return self.answer.finish or self._failure
+
+    @property
+    def ttft_s(self) -> float | None:
+        """Seconds from the request's arrival to the first token, if one came."""
+        return self._timer.ttft_s
+
     def leave(self, frontend: Frontend) -> None:
         """However it went, the router need not go on with this, and the books are closed."""
-        self._timer.end(self.answer.finish or self._failure, self.answer.cached)
+        self._timer.end(self.ending, self.answer.cached)
         if self._stream is not None and not self.answer.ended:
             frontend.cancel(self._request)
