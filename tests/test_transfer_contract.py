@@ -20,7 +20,7 @@ from diptych.transfer import native
 from diptych.transfer.layout import Layout
 from diptych.transfer.local import LocalRegistry, LocalTransport
 from diptych.transfer.pool import Pool
-from diptych.transfer.reading import MappedPeer
+from diptych.transfer.reading import ThreadedPeer
 from diptych.transfer.seam import Plan, Transfer, Transport
 from diptych.transfer.shm import ShmTransport
 
@@ -51,7 +51,7 @@ class Pair:
     decode: Transport
     source: Pool
     target: Pool
-    peer: MappedPeer
+    peer: ThreadedPeer
     gate: "Gate" = field(default_factory=lambda: Gate())
 
     def plan(self, source: list[int], target: list[int], verify: bool = True) -> Plan:
@@ -84,7 +84,7 @@ async def connected(make: Make, num_blocks: int = NUM_BLOCKS) -> AsyncIterator[P
     prefill.register(source)
     decode.register(target)
     peer = await decode.connect(prefill.describe())
-    assert isinstance(peer, MappedPeer)
+    assert isinstance(peer, ThreadedPeer)
     pair = Pair(prefill, decode, source, target, peer)
     try:
         yield pair
@@ -543,7 +543,7 @@ def test_a_thousand_cancelled_reads_leave_nothing_behind(make: Make) -> None:
         resident = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
         return threading.active_count(), len(os.listdir("/proc/self/fd")), len(peers[0].under_way), resident
 
-    peers: list[MappedPeer] = []
+    peers: list[ThreadedPeer] = []
 
     async def main(pair: Pair) -> None:
         peers.append(pair.peer)
