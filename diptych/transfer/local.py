@@ -75,7 +75,9 @@ class LocalTransport:
             source._readers.discard(peer)
             self._peers.discard(peer)
 
-        peer = ThreadedPeer(name, "local", source.pool.layout, partial(copying.prepare, source.pool, self.pool), release)
+        peer = ThreadedPeer(
+            name, "local", source.pool.layout, partial(copying.prepare, source.pool, self.pool), release
+        )
         source._readers.add(peer)
         self._peers.add(peer)
         return peer

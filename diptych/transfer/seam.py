@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 from diptych.transfer.layout import Layout
 from diptych.transfer.pool import Pool
 
-
 Lane = Literal["local", "shm", "tcp"]
 
 

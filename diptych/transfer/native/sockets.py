@@ -55,7 +55,9 @@ class Batch:
 def batch(blocks: native.Blocks, ids: native.Ids, pieces: Pieces | None) -> Batch:
     """Check what is to cross; no pieces means whole blocks. Raises ProtocolError for what lies outside the pool."""
     if blocks.dtype != np.uint8 or blocks.ndim != 2 or not blocks.flags.c_contiguous:
-        raise ValueError(f"blocks must be contiguous uint8 [num_blocks, block_bytes], not {blocks.dtype} {blocks.shape}")
+        raise ValueError(
+            f"blocks must be contiguous uint8 [num_blocks, block_bytes], not {blocks.dtype} {blocks.shape}"
+        )
     size = blocks.shape[1]
     offsets, lengths = np.array(pieces if pieces is not None else ((0, size),), dtype=np.int64).reshape(-1, 2).T.copy()
     if not len(offsets) or offsets.min() < 0 or lengths.min() < 1 or (offsets + lengths).max() > size:
