@@ -31,8 +31,8 @@ from diptych.transfer.native import sockets
 from diptych.transfer.pool import Pool
 from diptych.transfer.seam import Plan, Stats
 
-WINDOW = 3  # batches asked for and not yet here
-BATCH_BYTES = 4 << 20
+WINDOW = 2  # batches asked for and not yet here
+BATCH_BYTES = 8 << 20  # a request costs tens of microseconds on both sides; an abort leaves WINDOW times this to drain
 _SCRATCH_BYTES = 256 << 10
 
 Lost = Callable[[str], None]
@@ -106,7 +106,7 @@ class Stream:
         self._asked: deque[tuple[int, Batch]] = deque()  # in the order of the replies, with their numbers
         self._number = 0
         self._outgoing = b""
-        self._head = np.zeros((1, frames.REPLY_BYTES), dtype=np.uint8)
+        self._head = sockets.batch(np.zeros((1, frames.REPLY_BYTES), dtype=np.uint8), _FIRST, None)
         self._scratch: native.Blocks | None = None
         self._at = -frames.REPLY_BYTES  # bytes of the first reply that are here; below 0: of its head
 
@@ -204,11 +204,12 @@ class Stream:
             return
         number, batch = self._asked[0]
         if self._at < 0:
-            self._at = self._receive(self._head, self._at + frames.REPLY_BYTES, flag) - frames.REPLY_BYTES
+            here = self._at + frames.REPLY_BYTES
+            self._at = sockets.receive(self._sock, self._wake, self._head, here, None, flag) - frames.REPLY_BYTES
             if self._at < 0:
                 return
-            size = batch.landing.num_bytes
-            frames.check_reply(self._head.tobytes(), number, len(batch.source_ids), size)
+            head = self._head.blocks.tobytes()
+            frames.check_reply(head, number, len(batch.source_ids), batch.landing.num_bytes)
         if batch.fetch is fetch:
             self._at = sockets.receive(self._sock, self._wake, batch.landing, self._at, batch.sums, flag)
         else:
@@ -218,14 +219,12 @@ class Stream:
             self._at = -frames.REPLY_BYTES
             batch.fetch.num_left -= 1
 
-    def _receive(self, buffer: native.Blocks, at: int, flag: native.Flag) -> int:
-        return sockets.receive(self._sock, self._wake, sockets.batch(buffer, _FIRST, None), at, None, flag)
-
     def _discard(self, limit: int, flag: native.Flag) -> int:
         """Receive at most `limit` unwanted bytes; returns how many came."""
         if self._scratch is None:
             self._scratch = np.zeros((1, _SCRATCH_BYTES), dtype=np.uint8)
-        return self._receive(self._scratch[:, :limit], 0, flag)
+        nowhere = sockets.batch(self._scratch, _FIRST, ((0, min(limit, _SCRATCH_BYTES)),))
+        return sockets.receive(self._sock, self._wake, nowhere, 0, None, flag)
 
 
 _FIRST = np.zeros(1, dtype=np.int32)

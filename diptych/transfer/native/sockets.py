@@ -12,6 +12,7 @@ import select
 import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,23 +34,8 @@ class Batch:
     ids: native.Ids
     offsets: NDArray[np.int64]
     lengths: NDArray[np.int64]
-
-    @property
-    def num_bytes(self) -> int:
-        """Length of the stream."""
-        return len(self.ids) * int(self.lengths.sum())
-
-    def arguments(self) -> tuple[int, ...]:
-        """What the native routines take."""
-        return (
-            self.blocks.ctypes.data,
-            self.ids.ctypes.data,
-            len(self.ids),
-            self.blocks.shape[1],
-            self.offsets.ctypes.data,
-            self.lengths.ctypes.data,
-            len(self.offsets),
-        )
+    num_bytes: int  # length of the stream
+    arguments: tuple[int, ...]  # what the native routines take
 
 
 def batch(blocks: native.Blocks, ids: native.Ids, pieces: Pieces | None) -> Batch:
@@ -58,11 +44,19 @@ def batch(blocks: native.Blocks, ids: native.Ids, pieces: Pieces | None) -> Batc
         raise ValueError(
             f"blocks must be contiguous uint8 [num_blocks, block_bytes], not {blocks.dtype} {blocks.shape}"
         )
-    size = blocks.shape[1]
+    size, ids = blocks.shape[1], native.check_ids(ids, len(blocks), "their")
+    offsets, lengths, payload, of_pieces = _cut(size, pieces)
+    arguments = (blocks.ctypes.data, ids.ctypes.data, len(ids), size, *of_pieces)
+    return Batch(blocks, ids, offsets, lengths, len(ids) * payload, arguments)
+
+
+@lru_cache(maxsize=64)
+def _cut(size: int, pieces: Pieces | None) -> tuple[NDArray[np.int64], NDArray[np.int64], int, tuple[int, int, int]]:
+    """Offsets and lengths of a block's pieces, their sum, and all as arguments; kept for the next request."""
     offsets, lengths = np.array(pieces if pieces is not None else ((0, size),), dtype=np.int64).reshape(-1, 2).T.copy()
     if not len(offsets) or offsets.min() < 0 or lengths.min() < 1 or (offsets + lengths).max() > size:
         raise ProtocolError(f"a piece lies outside its block of {size} bytes")
-    return Batch(blocks, native.check_ids(ids, len(blocks), "their"), offsets, lengths)
+    return offsets, lengths, int(lengths.sum()), (offsets.ctypes.data, lengths.ctypes.data, len(offsets))
 
 
 def send(sock: socket.socket, head: bytes, payload: Batch) -> None:
@@ -71,7 +65,7 @@ def send(sock: socket.socket, head: bytes, payload: Batch) -> None:
     if lib is None:
         _send(sock, head, payload)
         return
-    failed = lib.diptych_send(sock.fileno(), head, len(head), *payload.arguments())
+    failed = lib.diptych_send(sock.fileno(), head, len(head), *payload.arguments)
     if failed:
         raise OSError(-failed, os.strerror(-failed))
 
@@ -97,7 +91,7 @@ def receive(
     reached: int = lib.diptych_receive(
         sock.fileno(),
         wake,
-        *landing.arguments(),
+        *landing.arguments,
         at,
         None if sums is None else sums.ctypes.data,
         None if cancel is None else cancel.ctypes.data,
