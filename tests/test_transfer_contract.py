@@ -19,28 +19,29 @@ from diptych.errors import ConfigError, LayoutMismatch, PeerLost, ProtocolError,
 from diptych.transfer import native
 from diptych.transfer.layout import Layout
 from diptych.transfer.local import LocalRegistry, LocalTransport
+from diptych.transfer.native import sockets
 from diptych.transfer.pool import Pool
-from diptych.transfer.reading import MappedPeer
+from diptych.transfer.reading import ThreadedPeer
 from diptych.transfer.seam import Plan, Transfer, Transport
 from diptych.transfer.shm import ShmTransport
+from diptych.transfer.tcp import TcpTransport
 
 LAYOUT = Layout.uniform(layers=3, kv_heads=4, head_dim=8, block_size=4, dtype="float32", model="m")
 NUM_BLOCKS = 24
 Make = Callable[[str, int], Transport]
 
 
-@pytest.fixture(params=["local", "shm"])
+@pytest.fixture(params=["local", "shm", "tcp"])
 def make(request: pytest.FixtureRequest) -> Iterator[Make]:
     """Makes transports of one kind that can reach each other."""
     registry = LocalRegistry()
     with tempfile.TemporaryDirectory(prefix="kv") as folder:  # short: a socket path has 107 bytes
-        yield (
-            lambda worker, incarnation: (
-                LocalTransport(worker, incarnation, registry)
-                if request.param == "local"
-                else ShmTransport(worker, incarnation, Path(folder) / "run")
-            )
-        )
+        kinds: dict[str, Make] = {
+            "local": lambda worker, incarnation: LocalTransport(worker, incarnation, registry),
+            "shm": lambda worker, incarnation: ShmTransport(worker, incarnation, Path(folder) / "run"),
+            "tcp": lambda worker, incarnation: TcpTransport(worker, incarnation, "secret", "127.0.0.1:0"),
+        }
+        yield kinds[request.param]
 
 
 @dataclass
@@ -51,7 +52,7 @@ class Pair:
     decode: Transport
     source: Pool
     target: Pool
-    peer: MappedPeer
+    peer: ThreadedPeer
     gate: "Gate" = field(default_factory=lambda: Gate())
 
     def plan(self, source: list[int], target: list[int], verify: bool = True) -> Plan:
@@ -84,7 +85,7 @@ async def connected(make: Make, num_blocks: int = NUM_BLOCKS) -> AsyncIterator[P
     prefill.register(source)
     decode.register(target)
     peer = await decode.connect(prefill.describe())
-    assert isinstance(peer, MappedPeer)
+    assert isinstance(peer, ThreadedPeer)
     pair = Pair(prefill, decode, source, target, peer)
     try:
         yield pair
@@ -117,14 +118,18 @@ async def in_thread(function: Callable[[], object]) -> None:
 
 @pytest.fixture
 def slow_copy(monkeypatch: pytest.MonkeyPatch) -> Gate:
-    """Stops every copy right before its first block, inside the copy thread, until the gate opens."""
-    gate, real = Gate(), native.copy_blocks
+    """Stops every read right before its first byte lands, inside the peer's thread, until the gate opens."""
+    gate = Gate()
 
-    def copy_blocks(*args: object) -> int:
-        gate.wait()
-        return real(*args)  # type: ignore[arg-type]
+    def slow(real: Callable[..., int]) -> Callable[..., int]:
+        def wait(*args: object) -> int:
+            gate.wait()
+            return real(*args)
 
-    monkeypatch.setattr(native, "copy_blocks", copy_blocks)
+        return wait
+
+    monkeypatch.setattr(native, "copy_blocks", slow(native.copy_blocks))
+    monkeypatch.setattr(sockets, "receive", slow(sockets.receive))
     return gate
 
 
@@ -411,10 +416,11 @@ def test_whoever_gives_up_waiting_does_not_stop_the_read(make: Make, slow_copy: 
 
 
 def test_a_failing_copy_is_a_failed_read_not_a_hang(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    def copy_blocks(*_: object) -> int:
+    def fail(*_: object) -> int:
         raise MemoryError("no room")
 
-    monkeypatch.setattr(native, "copy_blocks", copy_blocks)
+    monkeypatch.setattr(native, "copy_blocks", fail)
+    monkeypatch.setattr(sockets, "receive", fail)
 
     async def story(pair: Pair) -> None:
         read = pair.peer.read(pair.plan([1], [1]), 10)
@@ -543,7 +549,7 @@ def test_a_thousand_cancelled_reads_leave_nothing_behind(make: Make) -> None:
         resident = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
         return threading.active_count(), len(os.listdir("/proc/self/fd")), len(peers[0].under_way), resident
 
-    peers: list[MappedPeer] = []
+    peers: list[ThreadedPeer] = []
 
     async def main(pair: Pair) -> None:
         peers.append(pair.peer)

@@ -55,7 +55,7 @@ def test_whole_blocks_of_many_groups_copy_but_slices_of_them_do_not_yet() -> Non
 def test_a_set_flag_says_how_far_it_came() -> None:
     source, target = pools()
     with pytest.raises(TransferError, match="cancelled after 0 of 2 blocks"):
-        prepare(source, target, Plan(ids(0, 1), ids(0, 1))).run(np.ones(1, dtype=np.int32))
+        prepare(source, target, Plan(ids(0, 1), ids(0, 1)), np.ones(1, dtype=np.int32)).run()
     assert not target.view.any()
 
 

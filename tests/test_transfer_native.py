@@ -1,21 +1,24 @@
 """The compiled routines against the numpy ones, what the checksum notices, and how the library comes about."""
 
+import contextlib
 import ctypes
 import logging
 import os
+import socket
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from diptych.errors import ProtocolError
 from diptych.transfer import native
-from diptych.transfer.native import build, fallback
+from diptych.transfer.native import build, fallback, sockets
 
 needs_native = pytest.mark.skipif(not native.available(), reason="no C++ compiler here")
 
@@ -88,6 +91,73 @@ def test_pieces_agree() -> None:
     assert fallback.copy_pieces(targets[1], source, ids(3, 1), ids(0, 2), pieces, None) == 2
     assert (targets[0] == targets[1]).all()
     assert (targets[0][3, 16:19] == source[0, 16:19]).all() and not targets[0][3, 8:16].any()
+
+
+# --- over a socket ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sender", [pytest.param("native", marks=needs_native), "python"])
+@pytest.mark.parametrize("receiver", [pytest.param("native", marks=needs_native), "python"])
+@given(data=st.data())
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_blocks_cross_a_socket_alike(sender: str, receiver: str, data: st.DataObject) -> None:
+    """Whatever the pieces, and wherever it was interrupted."""
+    size, n = 8 * data.draw(st.integers(1, 4000)), data.draw(st.integers(1, 9))
+    cuts = sorted(data.draw(st.sets(st.integers(0, size), min_size=2, max_size=6)))
+    pieces = (
+        None if data.draw(st.booleans()) else tuple((a, b - a) for a, b in zip(cuts[::2], cuts[1::2], strict=False))
+    )
+    source, target = random_blocks(1, 12, size // 8), np.zeros((12, size), dtype=np.uint8)
+    origin, to = (np.random.default_rng(seed).permutation(12)[:n].astype(np.int32) for seed in (2, 3))
+    sums = np.zeros(n, dtype=np.uint64) if pieces is None else None
+    here, there = socket.socketpair()
+    wake = os.eventfd(0)
+
+    def by(how: str) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext() if how == "native" else patched_away()
+
+    landing, at = sockets.batch(target, to, pieces), 0
+    with here, there:
+        if sender == "native":
+            job = threading.Thread(target=sockets.send, args=(here, b"head", sockets.batch(source, origin, pieces)))
+        else:
+            job = threading.Thread(target=sockets._send, args=(here, b"head", sockets.batch(source, origin, pieces)))
+        job.start()
+        assert there.recv(4) == b"head"
+        with by(receiver):
+            while at < landing.num_bytes:
+                at = sockets.receive(there, wake, landing, at, sums)
+        job.join()
+        os.eventfd_write(wake, 1)
+        assert sockets.receive(there, wake, landing, 0) == 0  # nothing there, and somebody calls
+        assert sockets.receive(there, wake, landing, 0, None, np.ones(1, dtype=np.int32)) == 0
+        here.close()
+        with pytest.raises(ConnectionResetError):
+            sockets.receive(there, wake, landing, 0)
+    os.close(wake)
+    expected = np.zeros_like(target)
+    for first, length in pieces if pieces is not None else ((0, size),):
+        expected[to, first : first + length] = source[origin, first : first + length]
+    assert (target == expected).all()
+    if sums is not None:
+        assert (sums == native.checksum_blocks(source, origin)).all()
+
+
+@contextlib.contextmanager
+def patched_away() -> Iterator[None]:
+    """As on a machine without a compiler."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(native, "library", lambda: None)
+        yield
+
+
+def test_nothing_outside_a_pool_crosses() -> None:
+    pool = random_blocks(1, 4, 4)
+    for numbers, pieces in (((4,), None), ((-1,), None), ((0,), ((0, 33),)), ((0,), ((-1, 8),)), ((0,), ((0, 0),))):
+        with pytest.raises(ProtocolError):
+            sockets.batch(pool, ids(*numbers), pieces)
+    with pytest.raises(ProtocolError):
+        sockets.batch(pool, ids(0), ())
 
 
 def test_the_checksum_is_a_wire_format() -> None:

@@ -177,7 +177,7 @@ def test_a_copy_from_a_dead_process_finishes_without_a_crash(start: Callable[...
         async with worker(folder) as (transport, pool):
             source = start(1)
             peer = await transport.connect(source.description)
-            mapped = peer._source.view
+            mapped = peer._prepare.args[0].view  # type: ignore[attr-defined]
             source.kill()
             await reason(peer.lost)
             native.copy_blocks(pool.view, mapped, np.arange(NUM_BLOCKS), np.arange(NUM_BLOCKS))

@@ -45,8 +45,8 @@ from diptych.serve.compute import ComputeThread
 from diptych.serve.peers import Peers
 from diptych.serve.wire import Ask, Bye, Gone, Hello, Meet, Ready, Refuse, Register, Report
 from diptych.serve.worker import ToPeer, WorkerDriver
+from diptych.transfer.reach import Transports
 from diptych.transfer.seam import Plan, Transfer, Transport
-from diptych.transfer.shm import ShmTransport
 
 log = logging.getLogger(__name__)
 
@@ -274,8 +274,18 @@ class WorkerProcess:
 
 
 def kv_transport(orders: process.Orders) -> Transport:
-    """What carries KV from and to this worker. Every host can be reached over TCP at `orders.host`, if there is one."""
-    return ShmTransport(orders.name, orders.incarnation, f"{orders.runtime}/shm")
+    """What carries KV from and to this worker: shared memory on this host, TCP where there may be others."""
+    transport = orders.cluster.transport
+    host = orders.host or ("127.0.0.1" if transport == "tcp" else None)
+    return Transports(
+        orders.name,
+        orders.incarnation,
+        f"{orders.runtime}/shm",
+        orders.key,
+        listen=join_host(orders.bind or host, 0) if host else None,
+        advertise=host,
+        force=transport,
+    )
 
 
 def prepare(orders: process.Orders) -> Parts:

@@ -1,6 +1,7 @@
-"""MOVES: KV blocks between workers. Start at `seam.py`; `local.py` and `shm.py` are the transports.
+"""MOVES: KV blocks between workers. Start at `seam.py`; `local.py`, `shm.py`, `tcp.py` carry, `reach.py` picks one.
 
-Bottom up: `layout` (what bytes mean), `pool` (memory), `native` (copies and checksums), `copying` (a plan, checked
-and carried out), `reading` (threads, deadlines, settling), then what connects two workers: `description`, `handshake`,
-`exporter`. Knows nothing of requests, leases or scheduling; imports no torch.
+Bottom up: `layout` (what bytes mean), `pool` (memory), `native` (copies and checksums, sockets too), `copying` (a plan,
+checked and carried out), `reading` (threads, deadlines, settling), then what connects two workers: `description`,
+`listening`; on one host `handshake`, `exporter`; between hosts `introduction`, `frames`, `serving`, `stream`. Knows
+nothing of requests, leases or scheduling; imports no torch.
 """

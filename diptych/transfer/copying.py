@@ -20,41 +20,28 @@ from diptych.transfer.seam import Plan, Stats
 
 
 @dataclass(frozen=True, slots=True)
-class Copy:
-    """A checked plan with the memory it runs over; holding it keeps both mappings alive."""
+class Moves:
+    """A plan that was checked against both pools: private copies of its ids, and which bytes of each block."""
 
-    source: native.Blocks
-    target: native.Blocks
     source_ids: native.Ids
     target_ids: native.Ids
     checksums: NDArray[np.uint64] | None
     pieces: Pieces | None  # None means whole blocks
+    block_bytes: int  # of a block, what is to be moved
 
     @property
     def num_bytes(self) -> int:
         """Payload of the whole plan."""
-        per_block = self.target.shape[1] if self.pieces is None else sum(length for _, length in self.pieces)
-        return len(self.target_ids) * per_block
+        return len(self.target_ids) * self.block_bytes
 
-    def run(self, cancel: native.Flag | None = None) -> Stats:
-        """Copy and verify; TransferError if `cancel` was set on the way or a checksum differs.
+    def new_sums(self) -> NDArray[np.uint64] | None:
+        """Room for the checksums of what arrives, where there are any to compare with."""
+        return None if self.checksums is None else np.empty(len(self.target_ids), dtype=np.uint64)
 
-        `Stats.elapsed_s` is the time of the copy itself, without any waiting before it.
-        """
-        started = time.perf_counter()
-        n = len(self.target_ids)
-        sums = None if self.checksums is None else np.empty(n, dtype=np.uint64)
-        if self.pieces is None:
-            done = native.copy_blocks(self.target, self.source, self.target_ids, self.source_ids, sums, cancel)
-        else:
-            done = native.copy_pieces(self.target, self.source, self.target_ids, self.source_ids, self.pieces, cancel)
-        if done < n:
-            raise TransferError(f"cancelled after {done} of {n} blocks")
-        if sums is not None:
-            self._verify(sums)
-        return Stats(self.num_bytes, time.perf_counter() - started)
-
-    def _verify(self, sums: NDArray[np.uint64]) -> None:
+    def verify(self, sums: NDArray[np.uint64] | None) -> None:
+        """Raise TransferError unless what arrived has the checksums that were promised."""
+        if sums is None:
+            return
         wrong = np.flatnonzero(sums != self.checksums)
         if len(wrong):
             block = int(self.source_ids[wrong[0]])
@@ -64,15 +51,47 @@ class Copy:
             )
 
 
-def prepare(source: Pool, target: Pool, plan: Plan) -> Copy:
-    """Check a plan against both pools. The ids are copied: changing the plan's arrays later changes nothing.
+@dataclass(frozen=True, slots=True)
+class Copy:
+    """A checked plan with the memory it runs over; holding it keeps both mappings alive."""
 
-    Raises ProtocolError for ids outside a pool, lists of unequal length, a target block named twice, impossible
-    ranges or checksums for parts of blocks; LayoutMismatch for pools that differ.
-    """
+    source: native.Blocks
+    target: native.Blocks
+    moves: Moves
+    cancel: native.Flag | None = None
+
+    def run(self) -> Stats:
+        """Copy and verify; TransferError if `cancel` was set on the way or a checksum differs.
+
+        `Stats.elapsed_s` is the time of the copy itself, without any waiting before it.
+        """
+        started = time.perf_counter()
+        moves, sums = self.moves, self.moves.new_sums()
+        ids = moves.target_ids, moves.source_ids
+        if moves.pieces is None:
+            done = native.copy_blocks(self.target, self.source, *ids, sums, self.cancel)
+        else:
+            done = native.copy_pieces(self.target, self.source, *ids, moves.pieces, self.cancel)
+        if done < len(moves.target_ids):
+            raise TransferError(f"cancelled after {done} of {len(moves.target_ids)} blocks")
+        moves.verify(sums)
+        return Stats(moves.num_bytes, time.perf_counter() - started)
+
+
+def prepare(source: Pool, target: Pool, plan: Plan, cancel: native.Flag | None = None) -> Copy:
+    """Check a plan against both pools. Raises what `check` does, and LayoutMismatch for pools that differ."""
     if source.layout != target.layout:
         target.layout.check(source.layout)
-    source_ids = native.check_ids(plan.source, source.num_blocks, "source")
+    return Copy(source.view, target.view, check(source.num_blocks, target, plan), cancel)
+
+
+def check(num_blocks: int, target: Pool, plan: Plan) -> Moves:
+    """Check a plan against our pool and a peer's of `num_blocks`. The ids are copied: the plan's arrays may change.
+
+    Raises ProtocolError for ids outside a pool, lists of unequal length, a target block named twice, impossible
+    ranges or checksums for parts of blocks.
+    """
+    source_ids = native.check_ids(plan.source, num_blocks, "source")
     target_ids = native.check_ids(plan.target, target.num_blocks, "target")
     n = len(target_ids)
     if len(source_ids) != n:
@@ -80,7 +99,8 @@ def prepare(source: Pool, target: Pool, plan: Plan) -> Copy:
     if len(np.unique(target_ids)) != n:
         raise ProtocolError("the plan writes a target block twice")
     pieces = _pieces(target.layout, plan)
-    return Copy(source.view, target.view, source_ids, target_ids, _checksums(plan, n, pieces), pieces)
+    block_bytes = target.layout.block_bytes if pieces is None else sum(length for _, length in pieces)
+    return Moves(source_ids, target_ids, _checksums(plan, n, pieces), pieces, block_bytes)
 
 
 def read_now(source: Pool, target: Pool, plan: Plan) -> Stats:

@@ -4,12 +4,13 @@ It travels inside our control messages, but it is a peer's word all the same: si
 the layout by whoever connects, the memory itself by `Pool.attach`.
 """
 
-from typing import Annotated, Literal
+from typing import Annotated
 
 import msgspec
 
 from diptych.errors import ConfigError, ProtocolError
 from diptych.transfer.layout import Layout
+from diptych.transfer.seam import Lane
 
 MAX_BYTES = 64 * 1024
 
@@ -19,14 +20,16 @@ Incarnation = Annotated[int, msgspec.Meta(ge=0, lt=1 << 62)]
 
 
 class Description(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """`path`: the unix socket that hands the memory over; empty for `local`."""
+    """`path`: for `shm`, the unix socket that hands the memory over. `host`, `port`: for `tcp`, where it is served."""
 
-    kind: Literal["local", "shm"]
+    kind: Lane
     worker: Name
     incarnation: Incarnation
     layout: Layout
     num_blocks: Count
     path: Annotated[str, msgspec.Meta(max_length=107)] = ""
+    host: Annotated[str, msgspec.Meta(max_length=255)] = ""
+    port: Annotated[int, msgspec.Meta(ge=0, lt=1 << 16)] = 0
 
 
 def encode(description: Description) -> bytes:

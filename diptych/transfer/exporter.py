@@ -17,12 +17,12 @@ from pathlib import Path
 from diptych.errors import ConfigError, ProtocolError
 from diptych.transfer import handshake
 from diptych.transfer.handshake import Code
+from diptych.transfer.listening import Listener
 from diptych.transfer.pool import Pool
 
 log = logging.getLogger(__name__)
 
 HELLO_S = 5.0  # for a connected reader to introduce itself
-PAUSE_S = 1.0  # before accepting again when descriptors have run out
 _MAX_PATH = 107  # sun_path without its final NUL
 
 
@@ -39,8 +39,7 @@ class Exporter:
         self._closing = False
         # The random part: a crashed predecessor of the same name may have left its socket file behind.
         self.path = str(folder / f"{worker}-{incarnation}-{secrets.token_hex(4)}.kv")
-        self._listener = _listen(self.path)
-        self._loop.add_reader(self._listener, self._accept)
+        self._listener = Listener(_listen(self.path), self._accept)
 
     @property
     def num_readers(self) -> int:
@@ -50,8 +49,7 @@ class Exporter:
     async def close(self, drain_s: float) -> None:
         """Stop listening, tell readers to finish, hang up when they have, or after `drain_s`."""
         self._closing = True
-        if self._listener.fileno() >= 0:
-            self._loop.remove_reader(self._listener)
+        if not self._listener.closed:
             self._listener.close()
             with contextlib.suppress(OSError):
                 os.unlink(self.path)
@@ -65,17 +63,7 @@ class Exporter:
         for reader in tuple(self._readers):
             self._drop(reader)
 
-    def _accept(self) -> None:
-        try:
-            reader, _ = self._listener.accept()
-        except (BlockingIOError, ConnectionAbortedError):
-            return
-        except OSError as error:  # out of descriptors: the listener stays readable, so look away for a while
-            log.warning("cannot accept a KV reader: %s", error)
-            self._loop.remove_reader(self._listener)
-            self._loop.call_later(PAUSE_S, self._resume)
-            return
-        reader.setblocking(False)
+    def _accept(self, reader: socket.socket) -> None:
         try:
             handshake.check_user(reader)
         except (ProtocolError, OSError) as error:
@@ -86,10 +74,6 @@ class Exporter:
         self._nobody.clear()
         self._timers[reader] = self._loop.call_later(HELLO_S, self._drop, reader)
         self._loop.add_reader(reader, self._hear, reader)
-
-    def _resume(self) -> None:
-        if not self._closing:
-            self._loop.add_reader(self._listener, self._accept)
 
     def _hear(self, reader: socket.socket) -> None:
         try:

@@ -36,6 +36,8 @@ class Code(IntEnum):
     OTHER_INCARNATION = 2
     CLOSING = 3
     MALFORMED = 4
+    OTHER_WORKER = 5
+    WRONG_KEY = 6
 
 
 def new_socket() -> socket.socket:
@@ -103,9 +105,14 @@ def _check_answer(message: bytes, name: str, num_blocks: int) -> None:
     if len(message) != _ANSWER.size:
         raise ProtocolError(f"{name} answered with {len(message)} bytes that are no answer")
     magic, code, actual = _ANSWER.unpack(message)
+    if magic != _MAGIC:
+        raise ProtocolError(f"{name} does not speak this protocol")
+    check_code(code, name, num_blocks, actual)
+
+
+def check_code(code: int, name: str, num_blocks: int, actual: int) -> None:
+    """Raise what an answer means unless it is yes: PeerLost, LayoutMismatch or ProtocolError, in words."""
     match code:
-        case _ if magic != _MAGIC:
-            raise ProtocolError(f"{name} does not speak this protocol")
         case Code.OK if actual == num_blocks:
             return
         case Code.OK:
@@ -114,6 +121,10 @@ def _check_answer(message: bytes, name: str, num_blocks: int) -> None:
             raise LayoutMismatch(f"{name} does not have the layout it described; was the description altered?")
         case Code.OTHER_INCARNATION:
             raise PeerLost(f"{name} was replaced by another incarnation")
+        case Code.OTHER_WORKER:
+            raise PeerLost(f"another worker has the address of {name}")
+        case Code.WRONG_KEY:
+            raise ProtocolError(f"{name} does not accept our key: the two have different cluster keys")
         case Code.CLOSING:
             raise PeerLost(f"{name} is closing")
         case _:

@@ -4,6 +4,8 @@ For harnesses, single-process serving and the contract tests. Who can find whom 
 share, not a global. Not responsible for the copies themselves (`reading.py`, `copying.py`).
 """
 
+from functools import partial
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -11,7 +13,7 @@ from diptych.errors import ConfigError, PeerLost
 from diptych.transfer import copying, description, native
 from diptych.transfer.description import Description
 from diptych.transfer.pool import Pool
-from diptych.transfer.reading import MappedPeer, settle
+from diptych.transfer.reading import ThreadedPeer, settle
 
 
 class LocalRegistry:
@@ -43,8 +45,8 @@ class LocalTransport:
         self.worker, self.incarnation = worker, incarnation
         self._registry = registry
         self._pool: Pool | None = None
-        self._readers: set[MappedPeer] = set()  # they read from us
-        self._peers: set[MappedPeer] = set()  # we read from them
+        self._readers: set[ThreadedPeer] = set()  # they read from us
+        self._peers: set[ThreadedPeer] = set()  # we read from them
 
     @property
     def pool(self) -> Pool:
@@ -64,7 +66,7 @@ class LocalTransport:
         pool = self.pool
         return description.encode(Description("local", self.worker, self.incarnation, pool.layout, pool.num_blocks))
 
-    async def connect(self, description: bytes, timeout_s: float = 5.0) -> MappedPeer:
+    async def connect(self, description: bytes, timeout_s: float = 5.0) -> ThreadedPeer:
         """Connect to a worker of the same registry; raises LayoutMismatch, PeerLost, ProtocolError."""
         source = self._source(description)
         name = f"worker {source.worker} (incarnation {source.incarnation})"
@@ -73,7 +75,9 @@ class LocalTransport:
             source._readers.discard(peer)
             self._peers.discard(peer)
 
-        peer = MappedPeer(name, source.pool, self.pool, release)
+        peer = ThreadedPeer(
+            name, "local", source.pool.layout, partial(copying.prepare, source.pool, self.pool), release
+        )
         source._readers.add(peer)
         self._peers.add(peer)
         return peer

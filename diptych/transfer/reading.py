@@ -1,10 +1,11 @@
-"""The waiting side of a read: a thread per peer that copies, and futures on the event loop that say how it went.
+"""The waiting side of a read: a thread per peer that moves bytes, and futures on the event loop that say how it went.
 
-`MappedPeer` and `MappedTransfer` serve every transport whose source pool is mapped into this process (`local.py`,
-`shm.py`). A transfer has two ends: its outcome, known as soon as it succeeded, failed, was cancelled, ran out of time
-or lost its peer; and `settled`, when the copy thread has left the native call, or never entered it.
+`ThreadedPeer` and `ThreadedRead` serve every transport, whether the bytes are copied from a mapping (`local.py`,
+`shm.py`) or received from a socket (`tcp.py`). A transfer has two ends: its outcome, known as soon as it succeeded,
+failed, was cancelled, ran out of time or lost its peer; and `settled`, when the thread has left the native call that
+writes into its blocks, or never entered it.
 
-Not responsible for how the memory came here, nor for noticing that the peer is gone: transports call `lose`.
+Not responsible for how the bytes come, nor for noticing that the peer is gone: transports call `lose`.
 """
 
 import asyncio
@@ -13,29 +14,40 @@ import logging
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future as Job
 from concurrent.futures import ThreadPoolExecutor
+from typing import Protocol
 
 import numpy as np
 
 from diptych.errors import DiptychError, PeerLost, TransferError
-from diptych.transfer.copying import Copy, prepare
+from diptych.transfer import native
 from diptych.transfer.layout import Layout
-from diptych.transfer.pool import Pool
-from diptych.transfer.seam import Plan, Stats
+from diptych.transfer.seam import Lane, Plan, Stats
 
 log = logging.getLogger(__name__)
 
 
-class MappedTransfer:
-    """One read. Made by `MappedPeer.read`; all methods belong to its event loop."""
+class Work(Protocol):
+    """A checked read. `run` blocks the thread that it is lent; a flag given before makes it stop soon, and raise."""
 
-    def __init__(self, name: str) -> None:
+    def run(self) -> Stats:
+        """Move and verify the bytes; raises a TransferError."""
+
+
+class ThreadedRead:
+    """One read. Made by `ThreadedPeer.read`; all methods belong to its event loop.
+
+    `interrupt` is called whenever `flag` was set under work that may be waiting, so that it looks.
+    """
+
+    def __init__(self, name: str, interrupt: Callable[[], None]) -> None:
         self._name = name
+        self._interrupt = interrupt
         self._loop = asyncio.get_running_loop()
         self.settled: asyncio.Future[None] = self._loop.create_future()
         self.left: asyncio.Future[None] = self._loop.create_future()  # as settled, but no user can cancel it
         self._decided: asyncio.Future[None] = self._loop.create_future()
         self._outcome: Stats | DiptychError | None = None
-        self._flag = np.zeros(1, dtype=np.int32)
+        self.flag: native.Flag = np.zeros(1, dtype=np.int32)  # set: whoever moves bytes for this read stops
         self._job: Job[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
 
@@ -51,34 +63,36 @@ class MappedTransfer:
         """Ask to stop. The outcome is decided at once; the blocks are free again only when `settled`."""
         self.fail(TransferError(f"read from {self._name} cancelled"))
 
-    def start(self, copy: Copy, thread: ThreadPoolExecutor, deadline_s: float) -> None:
-        """Queue the copy; from here on the deadline runs."""
+    def start(self, work: Work, thread: ThreadPoolExecutor, deadline_s: float) -> None:
+        """Queue the work; from here on the deadline runs."""
         if deadline_s <= 0:
             self.fail(self._too_late(deadline_s))
             return
         self._timer = self._loop.call_later(deadline_s, lambda: self.fail(self._too_late(deadline_s)))
-        self._job = thread.submit(self._work, copy)
+        self._job = thread.submit(self._work, work)
 
     def fail(self, error: DiptychError) -> None:
-        """Decide for failure, unless decided already, and stop the copy at its next block."""
+        """Decide for failure, unless decided already, and stop the work at its next block."""
         self._decide(error)
-        self._flag[0] = 1
+        if not self.flag[0] and not self.left.done():
+            self.flag[0] = 1
+            self._interrupt()
         if self._job is None or self._job.cancel():  # nothing runs, and now nothing will
             self._settle()
 
     def _too_late(self, deadline_s: float) -> TransferError:
         return TransferError(f"deadline of {deadline_s:g} s passed while reading from {self._name}")
 
-    def _work(self, copy: Copy) -> None:
-        """In the copy thread. However it ends, the loop hears of it: a read that never settles leaks blocks."""
+    def _work(self, work: Work) -> None:
+        """In the thread. However it ends, the loop hears of it: a read that never settles leaks blocks."""
         outcome: Stats | DiptychError
         try:
-            outcome = copy.run(self._flag)
+            outcome = work.run()
         except DiptychError as error:
             outcome = error
         except Exception as error:  # e.g. MemoryError: still a failed read, not a silent one
-            log.exception("copy from %s failed", self._name)
-            outcome = TransferError(f"copy from {self._name} failed: {error!r}")
+            log.exception("read from %s failed", self._name)
+            outcome = TransferError(f"read from {self._name} failed: {error!r}")
         with contextlib.suppress(RuntimeError):  # the loop is closed: nobody is left to be told
             self._loop.call_soon_threadsafe(self._returned, outcome)
 
@@ -104,35 +118,44 @@ class MappedTransfer:
                 future.set_result(None)
 
 
-class MappedPeer:
-    """A source pool that is mapped here, and a thread that copies from it. Reads of one peer go in order.
+class ThreadedPeer:
+    """A source of blocks, and a thread that reads from it. Reads of one peer go in order.
 
-    `release` is called once, when the peer is lost or closed: it drops the mapping and the connection.
+    `prepare` checks a plan and makes the work of it. `release` is called once, when the peer is lost or closed: it
+    drops the mapping and the connection.
     """
 
-    def __init__(self, name: str, source: Pool, target: Pool, release: Callable[[], None]) -> None:
-        self.name = name
-        self.layout: Layout = source.layout
+    def __init__(
+        self,
+        name: str,
+        lane: Lane,
+        layout: Layout,
+        prepare: Callable[[Plan, native.Flag], Work],
+        release: Callable[[], None],
+        interrupt: Callable[[], None] = lambda: None,
+        thread: ThreadPoolExecutor | None = None,
+    ) -> None:
+        self.name, self.lane, self.layout = name, lane, layout
         self.lost: asyncio.Future[str] = asyncio.get_running_loop().create_future()
-        self._source, self._target = source, target
+        self._prepare, self._interrupt = prepare, interrupt
         self._release: Callable[[], None] | None = release
         self._gone: str | None = None  # why no new read is taken
-        self._under_way: set[MappedTransfer] = set()
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix=f"kv-{name}")
+        self._under_way: set[ThreadedRead] = set()
+        self._thread = thread or new_thread(name)
 
-    def read(self, plan: Plan, deadline_s: float) -> MappedTransfer:
+    def read(self, plan: Plan, deadline_s: float) -> ThreadedRead:
         """Start a read. Never raises: a bad plan or a lost peer fails the transfer, which is settled at once."""
-        transfer = MappedTransfer(self.name)
+        transfer = ThreadedRead(self.name, self._interrupt)
         try:
             if self._gone is not None:
                 raise PeerLost(f"{self.name} is gone: {self._gone}")
-            copy = prepare(self._source, self._target, plan)
+            work = self._prepare(plan, transfer.flag)
         except DiptychError as error:
             transfer.fail(error)
             return transfer
         self._under_way.add(transfer)
         transfer.left.add_done_callback(lambda _: self._settled(transfer))
-        transfer.start(copy, self._thread, deadline_s)
+        transfer.start(work, self._thread, deadline_s)
         return transfer
 
     def leave(self, reason: str) -> None:
@@ -149,12 +172,12 @@ class MappedPeer:
         self._let_go()
 
     async def close(self) -> None:
-        """Drop mapping and connection; reads under way fail. Returns when the copy thread touches nothing any more."""
+        """Drop mapping and connection; reads under way fail. Returns when the thread touches nothing any more."""
         self.lose("closed on this side")
         await settle([self])
 
     @property
-    def under_way(self) -> frozenset[MappedTransfer]:
+    def under_way(self) -> frozenset[ThreadedRead]:
         """Reads that have not settled."""
         return frozenset(self._under_way)
 
@@ -164,7 +187,7 @@ class MappedPeer:
         if not self.lost.done():
             self.lost.set_result(reason)
 
-    def _settled(self, transfer: MappedTransfer) -> None:
+    def _settled(self, transfer: ThreadedRead) -> None:
         self._under_way.discard(transfer)
         if self._gone is not None and not self._under_way:
             self._let_go()
@@ -176,7 +199,12 @@ class MappedPeer:
             self._thread.shutdown(wait=False)
 
 
-async def settle(peers: Iterable[MappedPeer], timeout_s: float | None = None) -> None:
+def new_thread(name: str) -> ThreadPoolExecutor:
+    """The one thread of a peer; it starts with the first read."""
+    return ThreadPoolExecutor(max_workers=1, thread_name_prefix=f"kv-{name}")
+
+
+async def settle(peers: Iterable[ThreadedPeer], timeout_s: float | None = None) -> None:
     """Wait until no read from these peers can land a byte any more, at most `timeout_s`.
 
     Without a limit only for reads that were told to stop: they do at their next block.

@@ -7,13 +7,15 @@ requests, leases or scheduling.
 
 import asyncio
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from diptych.transfer.layout import Layout
 from diptych.transfer.pool import Pool
+
+Lane = Literal["local", "shm", "tcp"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,9 +59,13 @@ class Transfer(Protocol):
 
 
 class Peer(Protocol):
-    """A connected source of blocks. `lost` resolves with the reason (str) when the other side is gone."""
+    """A connected source of blocks. `lost` resolves with the reason (str) when the other side is gone.
+
+    `lane`: how the bytes come, for people to see: a slow way that was taken silently is the commonest complaint.
+    """
 
     layout: Layout
+    lane: Lane
     lost: asyncio.Future[str]
 
     def read(self, plan: Plan, deadline_s: float) -> Transfer:

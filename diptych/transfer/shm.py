@@ -12,6 +12,7 @@ import asyncio
 import contextlib
 import os
 import socket
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,7 @@ from diptych.transfer import copying, description, handshake, native
 from diptych.transfer.description import Description
 from diptych.transfer.exporter import Exporter, private_folder
 from diptych.transfer.pool import Pool
-from diptych.transfer.reading import MappedPeer, settle
+from diptych.transfer.reading import ThreadedPeer, settle
 
 
 class ShmTransport:
@@ -36,7 +37,7 @@ class ShmTransport:
         self._folder = private_folder(Path(runtime_dir))
         self._exporter: Exporter | None = None
         self._pool: Pool | None = None
-        self._peers: set[MappedPeer] = set()
+        self._peers: set[ThreadedPeer] = set()
 
     @property
     def pool(self) -> Pool:
@@ -60,7 +61,7 @@ class ShmTransport:
         path = self._exporter.path
         return description.encode(Description("shm", self.worker, self.incarnation, pool.layout, pool.num_blocks, path))
 
-    async def connect(self, description: bytes, timeout_s: float = 5.0) -> MappedPeer:
+    async def connect(self, description: bytes, timeout_s: float = 5.0) -> ThreadedPeer:
         """Connect to the worker so described; raises LayoutMismatch, PeerLost, ProtocolError."""
         said = self._check(description)
         name = f"worker {said.worker} (incarnation {said.incarnation})"
@@ -86,13 +87,13 @@ class ShmTransport:
             raise ProtocolError(f"worker {said.worker} gave no absolute socket path: {said.path!r}")
         return said
 
-    def _meet(self, name: str, source: Pool, sock: socket.socket) -> MappedPeer:
+    def _meet(self, name: str, source: Pool, sock: socket.socket) -> ThreadedPeer:
         def release() -> None:
             watch.stop()
             source.close()
             self._peers.discard(peer)
 
-        peer = MappedPeer(name, source, self.pool, release)
+        peer = ThreadedPeer(name, "shm", source.layout, partial(copying.prepare, source, self.pool), release)
         watch = _Watch(sock, peer)
         self._peers.add(peer)
         return peer
@@ -118,7 +119,7 @@ class _Watch:
     The process is watched beside the socket because a forked child of the source would keep the socket open.
     """
 
-    def __init__(self, sock: socket.socket, peer: MappedPeer):
+    def __init__(self, sock: socket.socket, peer: ThreadedPeer):
         self._loop = asyncio.get_running_loop()
         self._sock, self._peer = sock, peer
         self._pid = handshake.check_user(sock)

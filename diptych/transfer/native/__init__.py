@@ -40,7 +40,18 @@ def library() -> ctypes.CDLL | None:
     lib.diptych_copy_pieces.restype = size
     lib.diptych_checksum_blocks.argtypes = [pointer, pointer, size, size, pointer]
     lib.diptych_checksum_blocks.restype = None
+    _declare_sockets(lib)
     return lib
+
+
+def _declare_sockets(lib: ctypes.CDLL) -> None:
+    """For `sockets.py`."""
+    pointer, size, descriptor = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+    lib.diptych_send.argtypes = [descriptor, pointer, size, *[pointer] * 2, size, size, *[pointer] * 2, size]
+    lib.diptych_send.restype = size
+    lib.diptych_receive.argtypes = [descriptor, descriptor, *[pointer] * 2, size, size, *[pointer] * 2, size]
+    lib.diptych_receive.argtypes += [size, pointer, pointer]  # at, sums, cancel
+    lib.diptych_receive.restype = size
 
 
 def available() -> bool:

@@ -2,8 +2,8 @@
 
 Looked for next to the source (a wheel, or `python -m diptych.transfer.native --in-place`), then in a cache folder
 (`$XDG_CACHE_HOME/diptych/native` or `~/.cache/diptych/native`). A build goes to a temporary name and is renamed, under
-a file lock: workers that start together compile once, and nobody loads half a file. The copy routines are one
-`Target`, the engine's attention (`engine/kernels.py`) others.
+a file lock: workers that start together compile once, and nobody loads half a file. The copy routines (and the
+same over sockets) are one `Target`, the engine's attention (`engine/kernels.py`) others.
 
 Not responsible for what a library does (`copy.cpp`) nor for doing without it (`__init__.py`).
 """
@@ -40,7 +40,7 @@ class Target:
     attempts: tuple[tuple[str, ...], ...] = ((), ("-DDIPTYCH_PORTABLE",))  # further flags, until one compiles
 
 
-COPY = Target("copy", SOURCE)
+COPY = Target("copy", SOURCE, (SOURCE.with_name("sockets.h"),))
 
 
 def find_or_build(target: Target = COPY) -> Path:
