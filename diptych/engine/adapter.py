@@ -14,8 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diptych.engine import kernels
 from diptych.engine.attention import Batch, forward_context, paged_attention
 from diptych.engine.families import class_of
+from diptych.engine.fusion import fuse_layers
+from diptych.engine.linears import stream_linears
 from diptych.engine.packing import pack_linears
 from diptych.errors import ConfigError
 from diptych.modelfacts import ModelFacts, dtype_bytes, read_facts
@@ -66,12 +69,15 @@ def load(model: str | Path, dtype: str | None = None, device: str = "cpu", probe
         raise ConfigError(f"a model cannot compute in {dtype}; use float32 or bfloat16")
     module = _load_module(facts, torch_dtype).to(device)
     loaded = Model(facts, module, torch_dtype, torch.device(device))
+    lib = kernels.best() if loaded.device.type == "cpu" else None
     with torch.inference_mode():
-        pack_linears(module)
+        stream_linears(module, lib) if lib else pack_linears(module)
     if probe:
         from diptych.engine.probe import check  # it needs Model
 
         check(loaded)
+    if lib:
+        fuse_layers(module, facts, torch_dtype)
     return loaded
 
 

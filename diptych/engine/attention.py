@@ -201,6 +201,8 @@ class Batch:
     segments: list[Decodes | Fresh | Chunk]
     last: list[int]
     num_calls: int = field(default=0)
+    fusable: bool = True  # whole layers may be computed natively (`fusion.py`)
+    asked: dict[int, Features] = field(default_factory=dict)  # by layer, what attention was asked for
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, features: Features) -> Tensor:
         """query [heads, tokens, dim], key and value [KV heads, tokens, dim] -> [tokens, heads, dim]."""
@@ -301,6 +303,11 @@ def _decode_group(pieces: list[Piece], first: int, kv: PagedKV) -> Decodes:
 _current: Batch | None = None
 
 
+def current_batch() -> Batch | None:
+    """The batch of the forward that runs now."""
+    return _current
+
+
 @contextmanager
 def forward_context(batch: Batch) -> Iterator[None]:
     """While this is open, `paged_attention` works on `batch`."""
@@ -324,6 +331,7 @@ def paged_attention(
     if batch is None:
         raise RuntimeError("paged attention was called outside a forward context")
     features = features_of(module, query.shape[-1], attention_mask, kwargs)
+    batch.asked[module.layer_idx] = features
     kv, width = batch.kv, value.shape[-1]
     if key.shape[1] != kv.num_heads or key.shape[-1] != kv.dim or width > kv.dim:
         raise UnsupportedModel(

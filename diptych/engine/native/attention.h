@@ -7,12 +7,11 @@
 // Within a part, a running softmax (Milakov and Gimelshein, 2018) in float over tiles of tokens, the next tile being
 // fetched meanwhile.
 //
-// This file is compiled once for each instruction set (kernels.py), each into a library of its own: code of a wide one
-// cannot leak into a narrow one. Not responsible for checking anything: kernels.py checks ids and shapes.
+// Not responsible for checking anything: kernels.py checks ids and shapes.
 
-#include <stdlib.h>
-
+#pragma once
 #include "products.h"
+#include "scratch.h"
 
 namespace {
 
@@ -49,20 +48,7 @@ struct Item {
     int64_t states, counter;  // of this (sequence, head): its first state, and which counter counts its parts
 };
 
-// Memory that is kept from call to call by the thread that calls.
-struct Scratch {
-    char *data = nullptr;
-    int64_t size = 0;
-    ~Scratch() { free(data); }
-    bool grow(int64_t need) {
-        if (need <= size) return true;
-        free(data);
-        data = (char *)aligned_alloc(64, (need + 4095) / 4096 * 4096);
-        size = data ? (need + 4095) / 4096 * 4096 : 0;
-        return data;
-    }
-};
-thread_local Scratch scratch;
+thread_local Scratch partial_results;
 
 struct Span { int64_t first, end; };
 
@@ -300,10 +286,10 @@ template <class T> int64_t attend(const Step &s) {
     }
     const int64_t state_bytes = num_states * state_size(s) * (int64_t)sizeof(float);
     const int64_t item_bytes = (num_items * (int64_t)sizeof(Item) + 63) / 64 * 64;
-    if (!scratch.grow(state_bytes + item_bytes + s.num_sequences * s.num_kv_heads * 4)) return -1;
-    float *states = (float *)scratch.data;
-    Item *items = (Item *)(scratch.data + state_bytes);
-    int32_t *counters = (int32_t *)(scratch.data + state_bytes + item_bytes);
+    if (!partial_results.grow(state_bytes + item_bytes + s.num_sequences * s.num_kv_heads * 4)) return -1;
+    float *states = (float *)partial_results.data;
+    Item *items = (Item *)(partial_results.data + state_bytes);
+    int32_t *counters = (int32_t *)(partial_results.data + state_bytes + item_bytes);
     int64_t made = 0, state = 0;
     for (int64_t i = 0; i < s.num_sequences; i++)
         for (int64_t head = 0; head < s.num_kv_heads; head++) {
@@ -336,18 +322,9 @@ template <class T> void keep(const Step &s) {
         }
 }
 
-template <class T> int64_t run(const Step &s) {
+template <class T> int64_t keep_and_attend(const Step &s) {
     keep<T>(s);
     return s.num_sequences ? attend<T>(s) : 0;
 }
 
 }  // namespace
-
-extern "C" {
-
-// Stores the step's keys and values of one layer, then answers the queries. 0, or -1 where memory is lacking.
-int64_t diptych_attend(const Step *step) { return step->is_bf16 ? run<bf16>(*step) : run<float>(*step); }
-
-int64_t diptych_step_size() { return sizeof(Step); }
-
-}  // extern "C"

@@ -1,0 +1,182 @@
+// Linear layers for few rows of input: y[m][n] = x[m] . weight[n] + bias[n].
+//
+// With few rows the weights are all that costs: they are read once, in the order in which PyTorch keeps them
+// ([out, in], nothing is packed), ROWS of them against INPUTS rows of x at a time, so that what is loaded is used often
+// and every sum stays in a register. The hardware does not see far ahead in several rows at once, so the next ones are
+// fetched by hand (measured on one core: 14 GB/s without, 28 with). Layers that share an input are one call.
+// Sums are taken in an order that depends on the shape alone: neither threads nor other rows change a bit.
+// Not responsible for many rows of input: there oneDNN, which blocks for the caches, is as fast.
+
+#pragma once
+#include "scratch.h"
+#include "vectors.h"
+
+// A linear layer: weight [rows, columns], bias [rows] or null. Mirrored by kernels.py.
+struct Matrix {
+    const void *weight, *bias;
+    int64_t rows, columns;
+};
+
+namespace {
+
+constexpr int ROWS = W == 16 ? 4 : 2, INPUTS = W == 16 ? 6 : 4;  // as many sums as there are registers for
+constexpr int64_t AHEAD = 2;                                     // groups of rows fetched ahead
+constexpr int64_t MATRIX_THREAD_BYTES = 256 << 10;  // of weights, below which waking a thread costs more than it brings
+
+// How a piece of a row is multiplied with a piece of the input: in general, in floats.
+template <class T> struct Dot {
+    typedef float Input;
+    static constexpr int STEP = W;
+    INLINE Floats piece(const T *p) { return load(p); }
+    INLINE Floats input(const Input *p) { return load(p); }
+    INLINE Floats add(Floats sum, Floats a, Floats b) { return sum + a * b; }
+};
+
+#if defined(__AVX512BF16__)
+template <> struct Dot<bf16> {
+    typedef bf16 Input;
+    static constexpr int STEP = 32;
+    INLINE __m512bh piece(const bf16 *p) { return (__m512bh)_mm512_loadu_si512(p); }
+    INLINE __m512bh input(const bf16 *p) { return (__m512bh)_mm512_loadu_si512(p); }
+    INLINE Floats add(Floats sum, __m512bh a, __m512bh b) { return (Floats)_mm512_dpbf16_ps((__m512)sum, a, b); }
+};
+#endif
+
+#if defined(__AVX512BF16__)
+INLINE void keep(bf16 *to, Floats x) {
+    const __m256bh s = _mm512_cvtneps_pbh((__m512)x);
+    memcpy(to, &s, sizeof s);
+}
+#else
+INLINE void keep(bf16 *to, Floats x) { store(to, x); }
+#endif
+INLINE void keep(float *to, Floats x) { store(to, x); }
+
+INLINE void put(float *to, float x) { *to = x; }
+INLINE void put(bf16 *to, float x) {
+    uint32_t u;
+    memcpy(&u, &x, 4);
+    to->bits = x == x ? (uint16_t)((u + 0x7fff + ((u >> 16) & 1)) >> 16) : (uint16_t)((u >> 16) | 0x40);
+}
+INLINE float get(const float *from) { return *from; }
+INLINE float get(const bf16 *from) {
+    const uint32_t u = (uint32_t)from->bits << 16;
+    float x;
+    memcpy(&x, &u, 4);
+    return x;
+}
+
+// R rows of the weight against M rows of the input.
+template <class T, int R, int M>
+INLINE void tile(const T *weight, const T *bias, const typename Dot<T>::Input *x, int64_t columns, const T *ahead, T *out,
+                 int64_t out_stride) {
+    typedef Dot<T> D;
+    constexpr int NUM = (R * M + W - 1) / W * W;
+    Floats sums[NUM] = {};
+    for (int64_t k = 0; k < columns; k += D::STEP) {
+        decltype(D::piece(weight)) pieces[R];
+        UNROLL for (int r = 0; r < R; r++) {
+            pieces[r] = D::piece(weight + r * columns + k);
+            if (ahead) __builtin_prefetch(ahead + R * k + r * D::STEP, 0, 1);
+        }
+        UNROLL for (int m = 0; m < M; m++) {
+            const auto input = D::input(x + m * columns + k);
+            UNROLL for (int r = 0; r < R; r++) sums[m * R + r] = D::add(sums[m * R + r], pieces[r], input);
+        }
+    }
+    T totals[NUM];
+    Floats offset{};
+    if (bias) UNROLL for (int i = 0; i < W; i++) offset[i] = get(bias + i % R);
+    UNROLL for (int i = 0; i < NUM; i += W) keep(totals + i, sums_of(sums + i) + offset);
+    UNROLL for (int m = 0; m < M; m++) memcpy(out + m * out_stride, totals + m * R, R * sizeof(T));
+}
+
+template <class T, int R>
+INLINE void against_all(const T *weight, const T *bias, const typename Dot<T>::Input *x, int64_t num, int64_t columns,
+                        bool fetch, T *out, int64_t out_stride) {
+    const T *ahead = fetch ? weight + AHEAD * R * columns : nullptr;
+    for (int64_t m = 0; m < num;) {
+        const auto *rows = x + m * columns;
+        T *to = out + m * out_stride;
+        switch (num - m) {
+        case 1: tile<T, R, 1>(weight, bias, rows, columns, ahead, to, out_stride); m += 1; break;
+        case 2: tile<T, R, 2>(weight, bias, rows, columns, ahead, to, out_stride); m += 2; break;
+        case 3: tile<T, R, 3>(weight, bias, rows, columns, ahead, to, out_stride); m += 3; break;
+        case 4: tile<T, R, 4>(weight, bias, rows, columns, ahead, to, out_stride); m += 4; break;
+        case 5: tile<T, R, INPUTS - 1>(weight, bias, rows, columns, ahead, to, out_stride); m += INPUTS - 1; break;
+        default: tile<T, R, INPUTS>(weight, bias, rows, columns, ahead, to, out_stride); m += INPUTS;
+        }
+        ahead = nullptr;  // the rows are in the cache now, and so are those that come
+    }
+}
+
+// Rows first .. end of a layer: out[m][n] for all m.
+template <class T>
+void some_rows(const Matrix &a, int64_t first, int64_t end, const typename Dot<T>::Input *x, int64_t num, T *out,
+               int64_t out_stride) {
+    const T *weight = (const T *)a.weight, *bias = (const T *)a.bias;
+    for (; first + ROWS <= end; first += ROWS)
+        against_all<T, ROWS>(weight + first * a.columns, bias ? bias + first : nullptr, x, num, a.columns,
+                             first + (AHEAD + 1) * ROWS <= a.rows, out + first, out_stride);
+    for (; first < end; first++)
+        against_all<T, 1>(weight + first * a.columns, bias ? bias + first : nullptr, x, num, a.columns, false, out + first,
+                          out_stride);
+}
+
+// The input as the products want it; converted, where they do, into `room` [num, columns].
+template <class T> const typename Dot<T>::Input *prepared(const T *x, int64_t num, int64_t columns, float *room) {
+    if constexpr (sizeof(typename Dot<T>::Input) == sizeof(T)) return (const typename Dot<T>::Input *)x;
+    else {
+        for (int64_t i = 0; i < num * columns; i += W) store(room + i, load(x + i));
+        return (const typename Dot<T>::Input *)room;
+    }
+}
+
+// What one thread takes at a time: long enough to stream, short enough to share out fairly.
+INLINE int64_t rows_at_once(int64_t rows, int threads) {
+    if (threads == 1) return rows;
+    const int64_t share = (rows + 4 * threads - 1) / (4 * threads);
+    return (share < 16 ? 16 : share + ROWS - 1) / ROWS * ROWS;
+}
+
+INLINE int threads_for(int64_t bytes, int64_t allowed) {
+    const int64_t useful = bytes / MATRIX_THREAD_BYTES;
+    return (int)(useful < 1 ? 1 : useful < allowed ? useful : allowed);
+}
+
+// Several layers of one input. `then(i, first, end)` is called when rows of layer i are done, by whoever did them.
+template <class T, class Then>
+void linears(const Matrix *layers, T *const *outs, const int64_t *strides, int count, const typename Dot<T>::Input *x,
+             int64_t num, int64_t allowed, Then then) {
+    int64_t bytes = 0;
+    for (int i = 0; i < count; i++) bytes += layers[i].rows * layers[i].columns * (int64_t)sizeof(T);
+    const int threads = threads_for(bytes, allowed);
+    int64_t next = 0;
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    for (;;) {
+        int64_t mine = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED);
+        int i = 0;
+        for (; i < count; i++) {
+            const int64_t step = rows_at_once(layers[i].rows, threads), pieces = (layers[i].rows + step - 1) / step;
+            if (mine < pieces) {
+                const int64_t first = mine * step, end = first + step < layers[i].rows ? first + step : layers[i].rows;
+                some_rows<T>(layers[i], first, end, x, num, outs[i], strides[i]);
+                then(i, first, end);
+                break;
+            }
+            mine -= pieces;
+        }
+        if (i == count) break;
+    }
+}
+
+thread_local Scratch converted;
+
+template <class T> int64_t linear(const Matrix &a, const T *x, int64_t num, T *out, int64_t allowed) {
+    if (sizeof(typename Dot<T>::Input) != sizeof(T) && !converted.grow(num * a.columns * (int64_t)sizeof(float))) return -1;
+    const auto *inputs = prepared(x, num, a.columns, (float *)converted.data);
+    linears<T>(&a, &out, &a.rows, 1, inputs, num, allowed, [](int, int64_t, int64_t) {});
+    return 0;
+}
+
+}  // namespace
