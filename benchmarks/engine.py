@@ -58,7 +58,9 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--only", default="decode,prefill", help="what is measured")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
-    parser.add_argument("--quantize", default=None, choices=["int8"], help="the engine's weights; generate() keeps them")
+    parser.add_argument(
+        "--quantize", default=None, choices=["int8"], help="the engine's weights; generate() keeps them"
+    )
     parser.add_argument("--steps", type=int, default=12, help="tokens of an answer that is timed")
     parser.add_argument("--clock", default="wall", choices=["wall", "cpu"], help="cpu: one core's, on a busy machine")
     parser.add_argument("--folder", type=Path, default=Path.home() / ".cache/diptych/benchmarks")
@@ -227,7 +229,13 @@ class _Bench:
                 "linears": _least(linear, 5) * 1e3,
                 "attention": _least(attend, 5) * 1e3,
                 "layout": _least(lambda: attention.lay_out(pieces, kv), 20) * 1e3,
-                "kv_bytes": num * context * facts.num_layers * 2 * facts.num_kv_heads * facts.head_dim * kv.dtype.itemsize,
+                "kv_bytes": num
+                * context
+                * facts.num_layers
+                * 2
+                * facts.num_kv_heads
+                * facts.head_dim
+                * kv.dtype.itemsize,
                 "flop": 2 * num * sum(part.in_features * part.out_features for part in linears),
             }
 

@@ -1,8 +1,8 @@
 """Attention over the paged pool: writes a step's keys and values, reads everyone's context.
 
 A step's new tokens lie in one row: first those of sequences with few of them (decodes above all), then prompt pieces
-one by one. C++ answers the former (`kernels.py`); where it cannot, torch does, decodes batched by similar length.
-Prompt pieces are torch's either way; what torch's fused attention cannot do (capped scores, sinks) goes to `plain.py`.
+one by one. C++ answers the former, and the latter where it is faster (`kernels.py`); where it cannot, torch does, decodes
+batched by similar length. What torch's fused attention cannot do (capped scores, sinks) goes to `plain.py`.
 All indices are made once per step and serve every layer. Sequences never see each other: not through masks, and not
 through stale bytes, since the unwritten tail of a block is zeroed when the block is begun. A layer's window is a
 mask: the KV before it is kept all the same. Not responsible for block ids, positions or the model around it.
@@ -226,7 +226,7 @@ class Batch:
 
 def lay_out(pieces: Sequence[Piece], kv: PagedKV) -> Batch:
     """Make a step's indices, and zero the blocks it begins but does not fill. No loop over tokens or blocks."""
-    alone = _is_decode if kv.kernel is None else _has_few_tokens
+    alone = _is_decode if kv.kernel is None else kv.kernel.answers
     small = sorted((i for i, p in enumerate(pieces) if alone(p)), key=lambda i: len(pieces[i].blocks))
     order = small + [i for i, p in enumerate(pieces) if not alone(p)]
     ordered = [pieces[i] for i in order]
@@ -252,10 +252,6 @@ def lay_out(pieces: Sequence[Piece], kv: PagedKV) -> Batch:
 
 def _is_decode(piece: Piece) -> bool:
     return piece.count == 1 and piece.start > 0
-
-
-def _has_few_tokens(piece: Piece) -> bool:
-    return piece.count <= kernels.MAX_QUERIES
 
 
 def _segments(

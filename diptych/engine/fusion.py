@@ -18,7 +18,7 @@ from diptych.engine import kernels
 from diptych.engine.attention import Batch, PagedKV, current_batch, forward_context, lay_out
 from diptych.engine.executor import Sampling
 from diptych.engine.features import Features
-from diptych.engine.linears import MAX_ROWS, StreamedLinear
+from diptych.engine.linears import StreamedLinear, most_rows
 from diptych.engine.sequence import Piece, Sequence
 from diptych.modelfacts import ModelFacts
 
@@ -48,6 +48,7 @@ class FusedLayer:
         self._layer = layer  # holds what `args` points to
         self._hidden = layer.mlp.down_proj.out_features
         self._dtype = layer.mlp.down_proj.weight.dtype
+        self._most_rows = most_rows(self._dtype)
         self._sinks = None if features.sinks is None else features.sinks.float().contiguous()
         self._args = _layer_args(layer, features, number, self._sinks)
         self._call = kernels.CallArgs()
@@ -79,7 +80,7 @@ class FusedLayer:
         if not batch.fusable or batch.segments or type(batch.store) is not kernels.NativeStep:
             return False
         num, args = batch.store.args.num_tokens, self._args
-        if not num <= MAX_ROWS or x.shape != (1, num, self._hidden) or not args.layer < batch.kv.num_layers:
+        if not num <= self._most_rows or x.shape != (1, num, self._hidden) or not args.layer < batch.kv.num_layers:
             return False
         if type(embeddings) is not tuple or len(embeddings) != 2:
             return False

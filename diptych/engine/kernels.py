@@ -29,7 +29,7 @@ from diptych.transfer.native import build
 
 log = logging.getLogger(__name__)
 
-MAX_QUERIES = 8  # new tokens of a sequence; with more of them, gathering its pages for one large product is faster
+MAX_QUERIES = 8  # new tokens of a sequence; more of them are a piece of prompt, answered in another way
 _FOLDER = Path(__file__).with_name("native")
 _HEADERS = tuple(sorted(_FOLDER.glob("*.h")))
 _AVX2 = ("-mavx2", "-mfma")
@@ -59,6 +59,7 @@ def levels_here() -> list[str]:
     return [level for level, needed in names.items() if has.issuperset(needed)]
 
 
+@functools.cache
 def _cpu_flags() -> set[str]:
     """What Linux says that the CPU has, and that it keeps in a thread's state."""
     if platform.machine() not in ("x86_64", "AMD64"):
@@ -105,6 +106,11 @@ def best() -> ctypes.CDLL | None:
     return None if level is None else library(level)
 
 
+def multiplies_best(dtype: torch.dtype, level: str | None = None) -> bool:
+    """Whether the library's large products are as fast as torch's: bfloat16 by vectors, where there are no tiles (AMX)."""
+    return dtype == torch.bfloat16 and (level or chosen_level()) == "avx512bf16" and "amx_bf16" not in _cpu_flags()
+
+
 @dataclass(frozen=True, slots=True)
 class Kernel:
     """The library for one pool's pages. May take the time of a compilation to make, once per machine."""
@@ -112,6 +118,11 @@ class Kernel:
     pages: Tensor  # [block, layer, K/V, head, token, dim]
     level: str
     lib: ctypes.CDLL
+    prompts: bool  # it answers pieces of prompt too; otherwise torch does
+
+    def answers(self, piece: Piece) -> bool:
+        """Whether a piece of a step is the library's."""
+        return self.prompts or piece.count <= MAX_QUERIES
 
 
 def find(pages: Tensor, level: str | None = None) -> Kernel | None:
@@ -122,7 +133,7 @@ def find(pages: Tensor, level: str | None = None) -> Kernel | None:
     if level is None or not fits or dim % 8 or not 0 < dim <= 256:
         return None
     lib = library(level)
-    return None if lib is None else Kernel(pages, level, lib)
+    return None if lib is None else Kernel(pages, level, lib, multiplies_best(pages.dtype, level))
 
 
 class MatrixArgs(ctypes.Structure):
@@ -178,7 +189,7 @@ class _Step(ctypes.Structure):
 class NativeStep:
     """A step's native half, laid out once for all layers: every token's slot, and the pieces that the kernel answers.
 
-    Its sequences are the first pieces of the step, in order, of at most `MAX_QUERIES` tokens each.
+    Its sequences are the first pieces of the step, in order.
     """
 
     kernel: Kernel

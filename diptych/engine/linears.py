@@ -6,6 +6,7 @@ Not responsible for the arithmetic (`native/linear.h`), nor for which layers sha
 """
 
 import ctypes
+import sys
 from collections.abc import Iterator
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from diptych.engine import kernels
 
-MAX_ROWS = 64  # of input; with more of them oneDNN, which blocks for the caches, is as fast (docs/engine.md)
+MAX_ROWS = 64  # of input; with more of them torch's product is faster, where it has tiles (AMX) or computes in float32
 COLUMNS = 32  # the width of an input is a multiple of this
 
 
@@ -25,6 +26,7 @@ class StreamedLinear(nn.Module):
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight, self.bias = linear.weight, linear.bias
         self._lib = lib
+        self._most_rows = most_rows(linear.weight.dtype)
         self._is_bf16 = linear.weight.dtype == torch.bfloat16
         self.args = matrix(linear)
         self._address = ctypes.addressof(self.args)
@@ -32,7 +34,7 @@ class StreamedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out]."""
         rows = x.numel() // self.in_features
-        if not 0 < rows <= MAX_ROWS or x.dtype != self.weight.dtype or not x.is_contiguous():
+        if not 0 < rows <= self._most_rows or x.dtype != self.weight.dtype or not x.is_contiguous():
             return nn.functional.linear(x, self.weight, self.bias)
         out = x.new_empty(*x.shape[:-1], self.out_features)
         threads = torch.get_num_threads()
@@ -43,6 +45,11 @@ class StreamedLinear(nn.Module):
     def extra_repr(self) -> str:
         """As nn.Linear shows itself."""
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+
+
+def most_rows(dtype: torch.dtype) -> int:
+    """How many rows of input are computed natively."""
+    return sys.maxsize if kernels.multiplies_best(dtype) else MAX_ROWS
 
 
 def matrix(linear: nn.Linear | StreamedLinear) -> kernels.MatrixArgs:

@@ -28,6 +28,14 @@ struct Call {
 
 namespace {
 
+// Tokens first .. end of a step, shared out among threads where there are enough of them.
+template <class Work> INLINE void shared_out(int64_t num, int64_t threads, Work work) {
+    constexpr int64_t LEAST = 16;
+    const int64_t useful = num / LEAST < threads ? num / LEAST : threads;
+#pragma omp parallel for num_threads(useful) if (useful > 1) schedule(static, LEAST)
+    for (int64_t i = 0; i < num; i++) work(i);
+}
+
 // As transformers' RMSNorm: in float, rounded, then times the weight.
 template <class T> INLINE void norm(const T *x, const T *weight, T *y, int64_t size, float epsilon) {
     Floats squares{};
@@ -47,10 +55,6 @@ template <class T> INLINE void norm(const T *x, const T *weight, T *y, int64_t s
     }
 }
 
-template <class T> INLINE void norms(const T *x, const T *weight, T *y, int64_t num, int64_t size, float epsilon) {
-    for (int64_t i = 0; i < num; i++) norm(x + i * size, weight, y + i * size, size, epsilon);
-}
-
 // Element i turns with element i + half.
 template <class T> INLINE void rotate(T *x, const T *cosines, const T *sines, int64_t rotary) {
     const int64_t half = rotary / 2;
@@ -67,15 +71,15 @@ template <class T> INLINE void rotate(T *x, const T *cosines, const T *sines, in
     }
 }
 
-// Heads of tokens [num, heads, dim]: normed, where there is a weight, then turned.
+// Heads of one token [heads, dim]: normed, where there is a weight, then turned.
 template <class T>
-INLINE void position(T *x, int64_t num, int64_t heads, int64_t dim, const T *weight, float epsilon, const Call &call) {
-    for (int64_t token = 0; token < num; token++)
-        for (int64_t head = 0; head < heads; head++) {
-            T *at = x + (token * heads + head) * dim;
-            if (weight) norm(at, weight, at, dim, epsilon);
-            rotate(at, (const T *)call.cosines + token * call.rotary, (const T *)call.sines + token * call.rotary, call.rotary);
-        }
+INLINE void position(T *x, int64_t token, int64_t heads, int64_t dim, const void *weight, float epsilon, const Call &call) {
+    const T *cosines = (const T *)call.cosines + token * call.rotary, *sines = (const T *)call.sines + token * call.rotary;
+    x += token * heads * dim;
+    for (int64_t head = 0; head < heads; head++, x += dim) {
+        if (weight) norm(x, (const T *)weight, x, dim, epsilon);
+        rotate(x, cosines, sines, call.rotary);
+    }
 }
 
 INLINE Floats silu(Floats x) { return x / (1.0f + exponential(-x)); }
@@ -119,16 +123,17 @@ template <class T> struct Buffers {
 thread_local Scratch layer_buffers;
 
 template <class T> int64_t attended(const Layer &l, Step &s, const Call &call, Buffers<T> &b) {
-    const int64_t num = s.num_tokens, hidden = l.down.rows, dim = s.dim;
-    norms((const T *)call.x, (const T *)l.norm_before, b.normed, num, hidden, l.epsilon);
+    const int64_t num = s.num_tokens, hidden = l.down.rows, dim = s.dim, heads = l.query.rows / dim;
+    shared_out(num, s.num_threads, [&](int64_t i) {
+        norm((const T *)call.x + i * hidden, (const T *)l.norm_before, b.normed + i * hidden, hidden, l.epsilon);
+    });
     const Matrix three[] = {l.query, l.key, l.value};
     T *const outs[] = {b.query, b.key, b.value};
-    const int64_t strides[] = {l.query.rows, l.key.rows, l.value.rows};
-    linears<T>(three, outs, strides, 3, prepared(b.normed, num, hidden, b.inputs), num, s.num_threads,
-               [](int, int64_t, int64_t) {});
-    const int64_t heads = l.query.rows / dim;
-    position(b.query, num, heads, dim, (const T *)l.norm_query, l.epsilon, call);
-    position(b.key, num, s.num_kv_heads, dim, (const T *)l.norm_key, l.epsilon, call);
+    linears<T>(three, outs, 3, prepared(b.normed, num, hidden, b.inputs), num, s.num_threads);
+    shared_out(num, s.num_threads, [&](int64_t i) {
+        position(b.query, i, heads, dim, l.norm_query, l.epsilon, call);
+        position(b.key, i, s.num_kv_heads, dim, l.norm_key, l.epsilon, call);
+    });
     s.key = b.key, s.value = b.value, s.query = b.query, s.out = b.attended;
     s.key_head = s.value_head = s.query_head = dim;
     s.key_token = s.value_token = l.key.rows;
@@ -142,18 +147,19 @@ template <class T> int64_t run_layer(const Layer &l, Step &s, const Call &call) 
     const int64_t num = s.num_tokens, hidden = l.down.rows, inner = l.gate.rows;
     Buffers<T> b = Buffers<T>::in(layer_buffers, l, num);
     if (!b.normed || attended(l, s, call, b)) return -1;
-    auto nothing = [](int, int64_t, int64_t) {};
-    linears<T>(&l.out, &b.middle, &hidden, 1, prepared(b.attended, num, l.out.columns, b.inputs), num, s.num_threads, nothing);
-    add((const T *)call.x, b.middle, b.middle, num * hidden);
-    norms(b.middle, (const T *)l.norm_after, b.normed, num, hidden, l.epsilon);
+    linears<T>(&l.out, &b.middle, 1, prepared(b.attended, num, l.out.columns, b.inputs), num, s.num_threads);
+    shared_out(num, s.num_threads, [&](int64_t i) {
+        T *middle = b.middle + i * hidden;
+        add((const T *)call.x + i * hidden, middle, middle, hidden);
+        norm(middle, (const T *)l.norm_after, b.normed + i * hidden, hidden, l.epsilon);
+    });
     const Matrix both[] = {l.gate, l.up};
     T *const outs[] = {b.gate, b.up};
-    const int64_t strides[] = {inner, inner};
-    linears<T>(both, outs, strides, 2, prepared(b.normed, num, hidden, b.inputs), num, s.num_threads, nothing);
-    gated(b.gate, b.up, num * inner, l.activation);
+    linears<T>(both, outs, 2, prepared(b.normed, num, hidden, b.inputs), num, s.num_threads);
+    shared_out(num, s.num_threads, [&](int64_t i) { gated(b.gate + i * inner, b.up + i * inner, inner, l.activation); });
     T *y = (T *)call.y;
-    linears<T>(&l.down, &y, &hidden, 1, prepared(b.gate, num, inner, b.inputs), num, s.num_threads, nothing);
-    add(b.middle, y, y, num * hidden);
+    linears<T>(&l.down, &y, 1, prepared(b.gate, num, inner, b.inputs), num, s.num_threads);
+    shared_out(num, s.num_threads, [&](int64_t i) { add(b.middle + i * hidden, y + i * hidden, y + i * hidden, hidden); });
     return 0;
 }
 

@@ -1,11 +1,12 @@
-// Linear layers for few rows of input: y[m][n] = x[m] . weight[n] + bias[n].
+// Linear layers, above all for few rows of input: y[m][n] = x[m] . weight[n] + bias[n].
 //
 // With few rows the weights are all that costs: they are read once, in the order in which PyTorch keeps them
 // ([out, in], nothing is packed), ROWS of them against INPUTS rows of x at a time, so that what is loaded is used often
 // and every sum stays in a register. The hardware does not see far ahead in several rows at once, so the next ones are
 // fetched by hand (measured on one core: 14 GB/s without, 28 with). Layers that share an input are one call.
 // Sums are taken in an order that depends on the shape alone: neither threads nor other rows change a bit.
-// Not responsible for many rows of input: there oneDNN, which blocks for the caches, is as fast.
+// Many rows of input are as fast as with oneDNN where bfloat16 is multiplied by vectors; where there are tiles for it
+// (AMX), or in float32, it is faster, and linears.py leaves them to it.
 
 #pragma once
 #include "scratch.h"
@@ -21,6 +22,7 @@ namespace {
 
 constexpr int ROWS = W == 16 ? 4 : 2, INPUTS = W == 16 ? 6 : 4;  // as many sums as there are registers for
 constexpr int64_t AHEAD = 2;                                     // groups of rows fetched ahead
+constexpr int64_t SLAB = 192;                                    // rows of x that are used before the next ones
 constexpr int64_t MATRIX_THREAD_BYTES = 256 << 10;  // of weights, below which waking a thread costs more than it brings
 
 // How a piece of a row is multiplied with a piece of the input: in general, in floats.
@@ -110,17 +112,20 @@ INLINE void against_all(const T *weight, const T *bias, const typename Dot<T>::I
     }
 }
 
-// Rows first .. end of a layer: out[m][n] for all m.
+// Rows first .. end of a layer: out[m][n] for all m, as many of them at a time as the second-level cache holds.
 template <class T>
 void some_rows(const Matrix &a, int64_t first, int64_t end, const typename Dot<T>::Input *x, int64_t num, T *out,
                int64_t out_stride) {
     const T *weight = (const T *)a.weight, *bias = (const T *)a.bias;
-    for (; first + ROWS <= end; first += ROWS)
-        against_all<T, ROWS>(weight + first * a.columns, bias ? bias + first : nullptr, x, num, a.columns,
-                             first + (AHEAD + 1) * ROWS <= a.rows, out + first, out_stride);
-    for (; first < end; first++)
-        against_all<T, 1>(weight + first * a.columns, bias ? bias + first : nullptr, x, num, a.columns, false, out + first,
-                          out_stride);
+    for (int64_t m = 0; m < num; m += SLAB, x += SLAB * a.columns, out += SLAB * out_stride) {
+        const int64_t slab = num - m < SLAB ? num - m : SLAB;
+        int64_t n = first;
+        for (; n + ROWS <= end; n += ROWS)
+            against_all<T, ROWS>(weight + n * a.columns, bias ? bias + n : nullptr, x, slab, a.columns,
+                                 n + (AHEAD + 1) * ROWS <= a.rows, out + n, out_stride);
+        for (; n < end; n++)
+            against_all<T, 1>(weight + n * a.columns, bias ? bias + n : nullptr, x, slab, a.columns, false, out + n, out_stride);
+    }
 }
 
 // The input as the products want it; converted, where they do, into `room` [num, columns].
@@ -144,24 +149,22 @@ INLINE int threads_for(int64_t bytes, int64_t allowed) {
     return (int)(useful < 1 ? 1 : useful < allowed ? useful : allowed);
 }
 
-// Several layers of one input. `then(i, first, end)` is called when rows of layer i are done, by whoever did them.
-template <class T, class Then>
-void linears(const Matrix *layers, T *const *outs, const int64_t *strides, int count, const typename Dot<T>::Input *x,
-             int64_t num, int64_t allowed, Then then) {
+// Several layers of one input: outs[i] is [num, rows of layer i].
+template <class T>
+void linears(const Matrix *layers, T *const *outs, int count, const typename Dot<T>::Input *x, int64_t num, int64_t allowed) {
     int64_t bytes = 0;
     for (int i = 0; i < count; i++) bytes += layers[i].rows * layers[i].columns * (int64_t)sizeof(T);
-    const int threads = threads_for(bytes, allowed);
+    const int threads = threads_for(bytes * (num + 7) / 8, allowed);
     int64_t next = 0;
 #pragma omp parallel num_threads(threads) if (threads > 1)
     for (;;) {
         int64_t mine = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED);
         int i = 0;
         for (; i < count; i++) {
-            const int64_t step = rows_at_once(layers[i].rows, threads), pieces = (layers[i].rows + step - 1) / step;
+            const int64_t rows = layers[i].rows, step = rows_at_once(rows, threads), pieces = (rows + step - 1) / step;
             if (mine < pieces) {
-                const int64_t first = mine * step, end = first + step < layers[i].rows ? first + step : layers[i].rows;
-                some_rows<T>(layers[i], first, end, x, num, outs[i], strides[i]);
-                then(i, first, end);
+                const int64_t first = mine * step;
+                some_rows<T>(layers[i], first, first + step < rows ? first + step : rows, x, num, outs[i], rows);
                 break;
             }
             mine -= pieces;
@@ -174,8 +177,7 @@ thread_local Scratch converted;
 
 template <class T> int64_t linear(const Matrix &a, const T *x, int64_t num, T *out, int64_t allowed) {
     if (sizeof(typename Dot<T>::Input) != sizeof(T) && !converted.grow(num * a.columns * (int64_t)sizeof(float))) return -1;
-    const auto *inputs = prepared(x, num, a.columns, (float *)converted.data);
-    linears<T>(&a, &out, &a.rows, 1, inputs, num, allowed, [](int, int64_t, int64_t) {});
+    linears<T>(&a, &out, 1, prepared(x, num, a.columns, (float *)converted.data), num, allowed);
     return 0;
 }
 
