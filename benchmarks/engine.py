@@ -5,7 +5,7 @@
 Models are random Llamas, made once in `--folder`. The engine is driven at its seam, `launch` and `collect` with `Run`
 steps in the order in which the policy would give them, in this process: no HTTP, no policy, no transfer. `generate()`
 gets the same weights, dtype, threads and lengths, as one static batch. Both decode over contexts that are already
-there (random keys and values), so that no round computes prompts twice. Each core count is a process of its own, pinned.
+there (random keys and values), so that no round computes prompts twice. A number of cores is a process, pinned to them.
 
 A round is everything once, in turns; figures are medians over the rounds, with least and most, ratios round by round.
 The roof is measured in the same rounds: reading memory, and the rate of a large product. Not responsible for serving
@@ -224,18 +224,13 @@ class _Bench:
             for part in linears:
                 part(inputs[part.in_features])
 
+        each = facts.num_layers * 2 * facts.num_kv_heads * facts.head_dim * kv.dtype.itemsize
         with torch.inference_mode():
             return {
                 "linears": _least(linear, 5) * 1e3,
                 "attention": _least(attend, 5) * 1e3,
                 "layout": _least(lambda: attention.lay_out(pieces, kv), 20) * 1e3,
-                "kv_bytes": num
-                * context
-                * facts.num_layers
-                * 2
-                * facts.num_kv_heads
-                * facts.head_dim
-                * kv.dtype.itemsize,
+                "kv_bytes": num * context * each,
                 "flop": 2 * num * sum(part.in_features * part.out_features for part in linears),
             }
 

@@ -34,6 +34,7 @@ DEMO = Path(__file__).parent / "demo"
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 1 << 10, "MI": 1 << 20, "GI": 1 << 30}
 
 Dtype = Literal["float32", "bfloat16", "float16"]
+Quantize = Literal["int8"]
 
 
 class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -43,6 +44,7 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True):
     role: Role
     cores: tuple[int, ...] = ()
     dtype: Dtype = "float32"
+    quantize: Quantize | None = None
     chunk: int | None = 512
     block_size: int = 16
     max_batch: int = 256
@@ -104,6 +106,7 @@ class _Paced(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 class _Defaults(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     dtype: Dtype | None = None
+    quantize: Quantize | None = None
     chunk: int | Literal["off"] | None = None
     block_size: int | None = None
     max_batch: int | None = None
@@ -229,6 +232,7 @@ def _worker(name: str, own: _Worker, file: _File, cores: tuple[int, ...]) -> Wor
         role=own.role,
         cores=cores,
         dtype=setting("dtype", "float32"),
+        quantize=setting("quantize", None),
         chunk=None if chunk == "off" else chunk,
         block_size=setting("block_size", 16),
         max_batch=setting("max_batch", 256),

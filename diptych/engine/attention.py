@@ -1,8 +1,8 @@
 """Attention over the paged pool: writes a step's keys and values, reads everyone's context.
 
-A step's new tokens lie in one row: first those of sequences with few of them (decodes above all), then prompt pieces
-one by one. C++ answers the former, and the latter where it is faster (`kernels.py`); where it cannot, torch does, decodes
-batched by similar length. What torch's fused attention cannot do (capped scores, sinks) goes to `plain.py`.
+A step's new tokens lie in one row: first those that C++ answers (`kernels.py`): sequences with few of them, decodes
+above all, and pieces of prompt where it is faster. What it does not answer torch does, decodes batched by similar
+length, prompts one by one; what torch's fused attention cannot do (capped scores, sinks) goes to `plain.py`.
 All indices are made once per step and serve every layer. Sequences never see each other: not through masks, and not
 through stale bytes, since the unwritten tail of a block is zeroed when the block is begun. A layer's window is a
 mask: the KV before it is kept all the same. Not responsible for block ids, positions or the model around it.

@@ -47,7 +47,7 @@ class FusedLayer:
         self._original = layer.forward
         self._layer = layer  # holds what `args` points to
         self._hidden = layer.mlp.down_proj.out_features
-        self._dtype = layer.mlp.down_proj.weight.dtype
+        self._dtype = layer.mlp.down_proj.dtype
         self._most_rows = most_rows(self._dtype)
         self._sinks = None if features.sinks is None else features.sinks.float().contiguous()
         self._args = _layer_args(layer, features, number, self._sinks)

@@ -107,7 +107,7 @@ def best() -> ctypes.CDLL | None:
 
 
 def multiplies_best(dtype: torch.dtype, level: str | None = None) -> bool:
-    """Whether the library's large products are as fast as torch's: bfloat16 by vectors, where there are no tiles (AMX)."""
+    """Whether the library's large products are as fast as torch's: of bfloat16 by vectors, where no tiles are (AMX)."""
     return dtype == torch.bfloat16 and (level or chosen_level()) == "avx512bf16" and "amx_bf16" not in _cpu_flags()
 
 
@@ -140,7 +140,7 @@ class MatrixArgs(ctypes.Structure):
     """A linear layer, as native/linear.h has it."""
 
     _fields_ = [
-        *[(name, ctypes.c_void_p) for name in ("weight", "bias")],
+        *[(name, ctypes.c_void_p) for name in ("weight", "bias", "scales")],
         *[(name, ctypes.c_int64) for name in ("rows", "columns")],
     ]
 

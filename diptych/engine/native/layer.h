@@ -129,7 +129,7 @@ template <class T> int64_t attended(const Layer &l, Step &s, const Call &call, B
     });
     const Matrix three[] = {l.query, l.key, l.value};
     T *const outs[] = {b.query, b.key, b.value};
-    linears<T>(three, outs, 3, prepared(b.normed, num, hidden, b.inputs), num, s.num_threads);
+    if (!linears<T>(three, outs, 3, prepared(b.normed, num, hidden, b.inputs), num, s.num_threads)) return -1;
     shared_out(num, s.num_threads, [&](int64_t i) {
         position(b.query, i, heads, dim, l.norm_query, l.epsilon, call);
         position(b.key, i, s.num_kv_heads, dim, l.norm_key, l.epsilon, call);
@@ -147,7 +147,7 @@ template <class T> int64_t run_layer(const Layer &l, Step &s, const Call &call) 
     const int64_t num = s.num_tokens, hidden = l.down.rows, inner = l.gate.rows;
     Buffers<T> b = Buffers<T>::in(layer_buffers, l, num);
     if (!b.normed || attended(l, s, call, b)) return -1;
-    linears<T>(&l.out, &b.middle, 1, prepared(b.attended, num, l.out.columns, b.inputs), num, s.num_threads);
+    if (!linears<T>(&l.out, &b.middle, 1, prepared(b.attended, num, l.out.columns, b.inputs), num, s.num_threads)) return -1;
     shared_out(num, s.num_threads, [&](int64_t i) {
         T *middle = b.middle + i * hidden;
         add((const T *)call.x + i * hidden, middle, middle, hidden);
@@ -155,10 +155,10 @@ template <class T> int64_t run_layer(const Layer &l, Step &s, const Call &call) 
     });
     const Matrix both[] = {l.gate, l.up};
     T *const outs[] = {b.gate, b.up};
-    linears<T>(both, outs, 2, prepared(b.normed, num, hidden, b.inputs), num, s.num_threads);
+    if (!linears<T>(both, outs, 2, prepared(b.normed, num, hidden, b.inputs), num, s.num_threads)) return -1;
     shared_out(num, s.num_threads, [&](int64_t i) { gated(b.gate + i * inner, b.up + i * inner, inner, l.activation); });
     T *y = (T *)call.y;
-    linears<T>(&l.down, &y, 1, prepared(b.gate, num, inner, b.inputs), num, s.num_threads);
+    if (!linears<T>(&l.down, &y, 1, prepared(b.gate, num, inner, b.inputs), num, s.num_threads)) return -1;
     shared_out(num, s.num_threads, [&](int64_t i) { add(b.middle + i * hidden, y + i * hidden, y + i * hidden, hidden); });
     return 0;
 }

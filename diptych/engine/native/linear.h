@@ -12,9 +12,11 @@
 #include "scratch.h"
 #include "vectors.h"
 
-// A linear layer: weight [rows, columns], bias [rows] or null. Mirrored by kernels.py.
+// A linear layer: weight [rows, columns], bias [rows] or null. With scales [rows] the weight is of int8, and a row of it
+// counts that many times. Mirrored by kernels.py.
 struct Matrix {
     const void *weight, *bias;
+    const float *scales;
     int64_t rows, columns;
 };
 
@@ -70,7 +72,7 @@ INLINE float get(const bf16 *from) {
 
 // R rows of the weight against M rows of the input.
 template <class T, int R, int M>
-INLINE void tile(const T *weight, const T *bias, const typename Dot<T>::Input *x, int64_t columns, const T *ahead, T *out,
+INLINE void tile(const T *weight, const T *bias, const float *scales, const typename Dot<T>::Input *x, int64_t columns, const T *ahead, T *out,
                  int64_t out_stride) {
     typedef Dot<T> D;
     constexpr int NUM = (R * M + W - 1) / W * W;
@@ -88,44 +90,81 @@ INLINE void tile(const T *weight, const T *bias, const typename Dot<T>::Input *x
     }
     T totals[NUM];
     Floats offset{};
+    Floats factor = all(1.0f);
     if (bias) UNROLL for (int i = 0; i < W; i++) offset[i] = get(bias + i % R);
-    UNROLL for (int i = 0; i < NUM; i += W) keep(totals + i, sums_of(sums + i) + offset);
+    if (scales) UNROLL for (int i = 0; i < W; i++) factor[i] = scales[i % R];
+    UNROLL for (int i = 0; i < NUM; i += W) keep(totals + i, sums_of(sums + i) * factor + offset);
     UNROLL for (int m = 0; m < M; m++) memcpy(out + m * out_stride, totals + m * R, R * sizeof(T));
 }
 
 template <class T, int R>
-INLINE void against_all(const T *weight, const T *bias, const typename Dot<T>::Input *x, int64_t num, int64_t columns,
+INLINE void against_all(const T *weight, const T *bias, const float *scales, const typename Dot<T>::Input *x, int64_t num, int64_t columns,
                         bool fetch, T *out, int64_t out_stride) {
     const T *ahead = fetch ? weight + AHEAD * R * columns : nullptr;
     for (int64_t m = 0; m < num;) {
         const auto *rows = x + m * columns;
         T *to = out + m * out_stride;
         switch (num - m) {
-        case 1: tile<T, R, 1>(weight, bias, rows, columns, ahead, to, out_stride); m += 1; break;
-        case 2: tile<T, R, 2>(weight, bias, rows, columns, ahead, to, out_stride); m += 2; break;
-        case 3: tile<T, R, 3>(weight, bias, rows, columns, ahead, to, out_stride); m += 3; break;
-        case 4: tile<T, R, 4>(weight, bias, rows, columns, ahead, to, out_stride); m += 4; break;
-        case 5: tile<T, R, INPUTS - 1>(weight, bias, rows, columns, ahead, to, out_stride); m += INPUTS - 1; break;
-        default: tile<T, R, INPUTS>(weight, bias, rows, columns, ahead, to, out_stride); m += INPUTS;
+        case 1: tile<T, R, 1>(weight, bias, scales, rows, columns, ahead, to, out_stride); m += 1; break;
+        case 2: tile<T, R, 2>(weight, bias, scales, rows, columns, ahead, to, out_stride); m += 2; break;
+        case 3: tile<T, R, 3>(weight, bias, scales, rows, columns, ahead, to, out_stride); m += 3; break;
+        case 4: tile<T, R, 4>(weight, bias, scales, rows, columns, ahead, to, out_stride); m += 4; break;
+        case 5: tile<T, R, INPUTS - 1>(weight, bias, scales, rows, columns, ahead, to, out_stride); m += INPUTS - 1; break;
+        default: tile<T, R, INPUTS>(weight, bias, scales, rows, columns, ahead, to, out_stride); m += INPUTS;
         }
         ahead = nullptr;  // the rows are in the cache now, and so are those that come
     }
 }
 
+thread_local Scratch widened;
+
+INLINE void widen(const int8_t *from, float *to) {
+    typedef int8_t Bytes __attribute__((vector_size(W)));
+    Bytes b;
+    memcpy(&b, from, sizeof b);
+    store(to, __builtin_convertvector(b, Floats));
+}
+INLINE void widen(const int8_t *from, bf16 *to) {  // whole numbers up to 127 need no rounding
+    typedef int8_t Bytes __attribute__((vector_size(W)));
+    Bytes b;
+    memcpy(&b, from, sizeof b);
+    const Shorts s = __builtin_convertvector((Words)__builtin_convertvector(b, Floats) >> 16, Shorts);
+    memcpy(to, &s, sizeof s);
+}
+
+// R rows of a layer as T: where they lie, or widened into `room`, which stays in the first-level cache.
+template <class T, int R> INLINE const T *rows_of(const Matrix &a, int64_t n, T *room) {
+    if (!a.scales) return (const T *)a.weight + n * a.columns;
+    const int8_t *from = (const int8_t *)a.weight + n * a.columns;
+    for (int64_t i = 0; i < R * a.columns; i += 64) {
+        __builtin_prefetch(from + AHEAD * 2 * R * a.columns + i, 0, 1);
+        for (int64_t j = i; j < i + 64 && j < R * a.columns; j += W) widen(from + j, room + j);
+    }
+    return room;
+}
+
+template <class T, int R>
+INLINE void some_row(const Matrix &a, int64_t n, const typename Dot<T>::Input *x, int64_t num, T *room, bool fetch, T *out,
+                     int64_t out_stride) {
+    const T *bias = (const T *)a.bias;
+    against_all<T, R>(rows_of<T, R>(a, n, room), bias ? bias + n : nullptr, a.scales ? a.scales + n : nullptr, x, num,
+                      a.columns, fetch && !a.scales, out + n, out_stride);
+}
+
 // Rows first .. end of a layer: out[m][n] for all m, as many of them at a time as the second-level cache holds.
 template <class T>
-void some_rows(const Matrix &a, int64_t first, int64_t end, const typename Dot<T>::Input *x, int64_t num, T *out,
+bool some_rows(const Matrix &a, int64_t first, int64_t end, const typename Dot<T>::Input *x, int64_t num, T *out,
                int64_t out_stride) {
-    const T *weight = (const T *)a.weight, *bias = (const T *)a.bias;
+    if (a.scales && !widened.grow(ROWS * a.columns * (int64_t)sizeof(T))) return false;
+    T *room = (T *)widened.data;
     for (int64_t m = 0; m < num; m += SLAB, x += SLAB * a.columns, out += SLAB * out_stride) {
         const int64_t slab = num - m < SLAB ? num - m : SLAB;
         int64_t n = first;
         for (; n + ROWS <= end; n += ROWS)
-            against_all<T, ROWS>(weight + n * a.columns, bias ? bias + n : nullptr, x, slab, a.columns,
-                                 n + (AHEAD + 1) * ROWS <= a.rows, out + n, out_stride);
-        for (; n < end; n++)
-            against_all<T, 1>(weight + n * a.columns, bias ? bias + n : nullptr, x, slab, a.columns, false, out + n, out_stride);
+            some_row<T, ROWS>(a, n, x, slab, room, n + (AHEAD + 1) * ROWS <= a.rows, out, out_stride);
+        for (; n < end; n++) some_row<T, 1>(a, n, x, slab, room, false, out, out_stride);
     }
+    return true;
 }
 
 // The input as the products want it; converted, where they do, into `room` [num, columns].
@@ -151,11 +190,11 @@ INLINE int threads_for(int64_t bytes, int64_t allowed) {
 
 // Several layers of one input: outs[i] is [num, rows of layer i].
 template <class T>
-void linears(const Matrix *layers, T *const *outs, int count, const typename Dot<T>::Input *x, int64_t num, int64_t allowed) {
+bool linears(const Matrix *layers, T *const *outs, int count, const typename Dot<T>::Input *x, int64_t num, int64_t allowed) {
     int64_t bytes = 0;
     for (int i = 0; i < count; i++) bytes += layers[i].rows * layers[i].columns * (int64_t)sizeof(T);
     const int threads = threads_for(bytes * (num + 7) / 8, allowed);
-    int64_t next = 0;
+    int64_t next = 0, lacking = 0;
 #pragma omp parallel num_threads(threads) if (threads > 1)
     for (;;) {
         int64_t mine = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED);
@@ -164,21 +203,23 @@ void linears(const Matrix *layers, T *const *outs, int count, const typename Dot
             const int64_t rows = layers[i].rows, step = rows_at_once(rows, threads), pieces = (rows + step - 1) / step;
             if (mine < pieces) {
                 const int64_t first = mine * step;
-                some_rows<T>(layers[i], first, first + step < rows ? first + step : rows, x, num, outs[i], rows);
+                const int64_t end = first + step < rows ? first + step : rows;
+                if (!some_rows<T>(layers[i], first, end, x, num, outs[i], rows))
+                    __atomic_store_n(&lacking, 1, __ATOMIC_RELAXED);
                 break;
             }
             mine -= pieces;
         }
         if (i == count) break;
     }
+    return !lacking;
 }
 
 thread_local Scratch converted;
 
 template <class T> int64_t linear(const Matrix &a, const T *x, int64_t num, T *out, int64_t allowed) {
     if (sizeof(typename Dot<T>::Input) != sizeof(T) && !converted.grow(num * a.columns * (int64_t)sizeof(float))) return -1;
-    linears<T>(&a, &out, 1, prepared(x, num, a.columns, (float *)converted.data), num, allowed);
-    return 0;
+    return linears<T>(&a, &out, 1, prepared(x, num, a.columns, (float *)converted.data), num, allowed) ? 0 : -1;
 }
 
 }  // namespace
