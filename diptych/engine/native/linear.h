@@ -118,19 +118,19 @@ INLINE void against_all(const T *weight, const T *bias, const float *scales, con
 
 thread_local Scratch widened;
 
-INLINE void widen(const int8_t *from, float *to) {
+// W weights. By way of integers: compilers make nothing good of bytes turned to floats at once.
+INLINE Floats wide(const int8_t *from) {
     typedef int8_t Bytes __attribute__((vector_size(W)));
-    Bytes b;
-    memcpy(&b, from, sizeof b);
-    store(to, __builtin_convertvector(b, Floats));
+    Bytes bytes;
+    memcpy(&bytes, from, sizeof bytes);
+#if defined(__AVX512F__)
+    return (Floats)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32((__m128i)bytes));
+#else
+    return __builtin_convertvector(__builtin_convertvector(bytes, Ints), Floats);
+#endif
 }
-INLINE void widen(const int8_t *from, bf16 *to) {  // whole numbers up to 127 need no rounding
-    typedef int8_t Bytes __attribute__((vector_size(W)));
-    Bytes b;
-    memcpy(&b, from, sizeof b);
-    const Shorts s = __builtin_convertvector((Words)__builtin_convertvector(b, Floats) >> 16, Shorts);
-    memcpy(to, &s, sizeof s);
-}
+INLINE void widen(const int8_t *from, float *to) { store(to, wide(from)); }
+INLINE void widen(const int8_t *from, bf16 *to) { keep(to, wide(from)); }  // whole numbers up to 127 lose nothing
 
 // R rows of a layer as T: where they lie, or widened into `room`, which stays in the first-level cache.
 template <class T, int R> INLINE const T *rows_of(const Matrix &a, int64_t n, T *room) {
