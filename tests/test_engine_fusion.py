@@ -73,6 +73,13 @@ def test_a_layer_that_comes_out_otherwise_is_not_fused(wrong, tmp_path, monkeypa
     assert num_fused(adapter.load(make_checkpoint("llama", tmp_path))) == 0
 
 
+def test_a_layer_that_only_late_positions_change_is_not_fused(tmp_path):
+    """The trial's positions go up to the model's last: queries that grow from position 1024 on are noticed."""
+    rope = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 1024}
+    late = make_checkpoint("ministral3", tmp_path, rope_parameters={**rope, "llama_4_scaling_beta": 0.1})
+    assert num_fused(adapter.load(late)) == 0
+
+
 def test_int8_layers_are_fused_and_say_nearly_the_same(tmp_path):
     folder = make_checkpoint("llama", tmp_path)
     whole, small = adapter.load(folder), adapter.load(folder, quantize="int8")

@@ -5,8 +5,11 @@ import pytest
 torch = pytest.importorskip("torch")
 from torch import nn  # noqa: E402
 
-from diptych.engine import kernels, linears  # noqa: E402
+from diptych.config import DEMO, load_cluster  # noqa: E402
+from diptych.engine import adapter, kernels, linears  # noqa: E402
 from diptych.engine.linears import StreamedLinear, quantized, stream_linears  # noqa: E402
+from diptych.errors import ConfigError  # noqa: E402
+from diptych.serve.build import build as build_worker  # noqa: E402
 from diptych.transfer.native import build  # noqa: E402
 
 pytestmark = pytest.mark.skipif(build.find_compiler() is None, reason="no C++ compiler here")
@@ -99,3 +102,18 @@ def test_a_kernel_that_computes_something_else_is_not_used(monkeypatch):
     monkeypatch.setattr(StreamedLinear, "forward", lambda self, x: torch.ones(*x.shape[:-1], self.out_features))
     model = Model().requires_grad_(False)
     assert stream_linears(model, kernels.best()) == 0 and type(model.up) is nn.Linear
+
+
+def test_a_worker_may_ask_for_int8():
+    cluster = load_cluster(None, {"mixed": 1, "quantize": "int8"})
+    module = build_worker(cluster, cluster.workers[0]).executor.model.module
+    streamed = [part for part in module.modules() if type(part) is StreamedLinear]
+    assert streamed and {part.weight.dtype for part in streamed if part.scales is not None} == {torch.int8}
+    with pytest.raises(ConfigError, match="quantize"):
+        load_cluster(None, {"mixed": 1, "quantize": "int3"})
+
+
+def test_int8_without_the_kernels_is_refused(monkeypatch):
+    monkeypatch.setattr(kernels, "WANTED", "off")
+    with pytest.raises(ConfigError, match="native kernels"):
+        adapter.load(DEMO, quantize="int8")
