@@ -21,7 +21,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PIP) setuptools torch
 	$(PIP) --no-build-isolation --editable '.[torch,structured,dev]'
 	$(BIN)/python -m diptych.transfer.native || echo "no C++ compiler: KV copies will use numpy, which is slower"
-	$(BIN)/python -m diptych.engine.kernels || echo "no C++ compiler: attention will use torch, which is slower"
+	$(BIN)/python -m diptych.engine.kernels || echo "no C++ compiler: the engine will use torch alone, which is slower"
 	@touch $(STAMP)
 
 serve: $(STAMP)  ## serve the bundled model with one prefill and one decode worker

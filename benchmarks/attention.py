@@ -1,11 +1,12 @@
-"""Attention of decodes and of verification steps: the native kernel against torch, in GB/s of KV read.
+"""Attention of decodes, verification steps and pieces of prompt: the native kernel against torch, in GB/s of KV.
 
     python benchmarks/attention.py [--threads 1,2] [--dtype bfloat16] [--rounds 7] [--out FILE] [--markdown]
 
 Both take turns over the same pool, of as many layers as it takes to leave the caches; a round is every layer once. A
 call stores the new keys and values and answers the queries, as in a model's step; laying a step out is timed apart.
 "read" is how fast memory can be read by a plain sum over the same pool. Medians of the rounds, with least and most.
-Not responsible for prompts (they are torch's either way), nor for whole models.
+Of pieces of prompt (512 new tokens) only the ratio and the time mean something: they are bound by arithmetic; and where
+the engine leaves them to torch (`kernels.multiplies_best`), both ways are torch's. Not responsible for whole models.
 """
 
 import argparse
@@ -25,11 +26,22 @@ import torch
 from diptych.bench import rounds
 from diptych.engine import attention
 from diptych.engine.executor import Sampling
+from diptych.engine.features import Features
 from diptych.engine.sequence import Piece
 from diptych.engine.sequence import Sequence as Tokens
 
 POOL_BYTES = 256 << 20
-CASES = [(1, 1, 256), (1, 1, 1024), (8, 1, 256), (8, 1, 1024), (32, 1, 1024), (1, 1, 8192), (8, 5, 1024)]
+CASES = [
+    (1, 1, 256),
+    (1, 1, 1024),
+    (8, 1, 256),
+    (8, 1, 1024),
+    (32, 1, 1024),
+    (1, 1, 8192),
+    (8, 5, 1024),
+    (1, 512, 512),
+    (1, 512, 2048),
+]
 """(sequences, new tokens of each, tokens with them)."""
 
 
@@ -61,7 +73,7 @@ class Case:
             torch.randn(tokens, number, heads.dim).to(heads.dtype).transpose(0, 1)
             for number in (heads.kv_heads * heads.group, heads.kv_heads, heads.kv_heads)
         )
-        self.scale = heads.dim**-0.5
+        self.features = Features(heads.dim**-0.5)
 
     def batch(self, native: bool) -> tuple[attention.Batch, float]:
         """The step laid out for one of the two, and how long that takes (the least of several), in seconds."""
@@ -80,7 +92,7 @@ class Case:
     def run(self, batch: attention.Batch) -> None:
         """Every layer once."""
         for layer in range(self.num_layers):
-            batch.attend(layer, self.query, self.key, self.value, self.scale)
+            batch.attend(layer, self.query, self.key, self.value, self.features)
 
     def read(self) -> None:
         """Sum the pool as floats: as fast as memory can be read by this many threads, nearly."""

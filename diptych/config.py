@@ -42,6 +42,7 @@ Transport = Literal["auto", "shm", "tcp"]
 LogFormat = Literal["text", "json"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 ToolFormat = Literal["hermes", "llama3", "none"]
+Quantize = Literal["int8"]
 
 
 class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -51,6 +52,7 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True):
     role: Role
     cores: tuple[int, ...] = ()
     dtype: Dtype = "float32"
+    quantize: Quantize | None = None
     chunk: int | None = 512
     block_size: int = 16
     max_batch: int = 256
@@ -123,6 +125,7 @@ class _Paced(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 class _Defaults(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     dtype: Dtype | None = None
+    quantize: Quantize | None = None
     chunk: int | Literal["off"] | None = None
     block_size: int | None = None
     max_batch: int | None = None
@@ -314,6 +317,7 @@ def _worker(name: str, own: _Worker, file: _File, cores: tuple[int, ...]) -> Wor
         role=own.role,
         cores=cores,
         dtype=setting("dtype", "float32"),
+        quantize=setting("quantize", None),
         chunk=None if chunk == "off" else chunk,
         block_size=setting("block_size", 16),
         max_batch=setting("max_batch", 256),

@@ -174,6 +174,19 @@ def test_windows_soft_caps_and_sinks(level, dtype):
 
 @every_level
 @both
+def test_pieces_of_prompt(level, dtype):
+    """Blocks of queries, tiles of tokens, what is left over of both; alone, after a past, and among decodes."""
+    check(Case(((9, 9), (64, 64), (65, 200), (1, 40), (130, 131), (200, 700)), dtype=dtype), level)
+    for dim, group, block_size in [(8, 1, 7), (24, 3, 16), (40, 7, 5), (80, 1, 100), (128, 8, 32), (256, 2, 16)]:
+        case = Case(((70, 70), (33, 150)), 2, group, dim, block_size, scale=dim**-0.5, dtype=dtype)
+        check(case, level)
+    for window, softcap, sinks in itertools.product((0, 1, 17, 128), (0.0, 2.0), (False, True)):
+        case = Case(((150, 300), (20, 20)), window=window, softcap=softcap, sinks=sinks, scale=0.4, dtype=dtype)
+        check(case, level)
+
+
+@every_level
+@both
 def test_random_shapes(level, dtype):
     random = np.random.default_rng(5)
     for seed in range(60):

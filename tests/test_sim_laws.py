@@ -158,11 +158,12 @@ def test_same_seed_same_bytes(data: st.DataObject) -> None:
 def test_events_replayed_to_fresh_objects_give_the_same_orders(data: st.DataObject) -> None:
     world = draw_world(picker(data), quiet=True)  # a worker that comes back is another object
     journal: list[Entry] = []
-    simulate(world, True, journal)
+    simulation, _ = simulate(world, True, journal)
     fresh: dict[str, Router | Worker] = {spec.name: Worker(spec) for spec in world.workers}
     fresh[ROUTER] = Router(world.router)
     for now, name, event, orders in journal:
         again = fresh[name].on(now, event)  # type: ignore[arg-type]
         assert tuple(again) == orders, (now, name, event)
     for spec in world.workers:
-        check_empty(fresh[spec.name])  # type: ignore[arg-type]
+        if simulation.machines[spec.name].alive:  # who was drained goes with what it keeps for others
+            check_empty(fresh[spec.name])  # type: ignore[arg-type]

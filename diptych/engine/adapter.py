@@ -9,13 +9,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from diptych.engine import kernels
 from diptych.engine.attention import Batch, forward_context, paged_attention
 from diptych.engine.families import class_of
+from diptych.engine.fusion import fuse_layers
+from diptych.engine.linears import stream_linears
 from diptych.engine.packing import pack_linears
 from diptych.errors import ConfigError, UnsupportedModel
 from diptych.modelfacts import ModelFacts, dtype_bytes, read_facts
@@ -73,10 +76,16 @@ class Model:
         return logits
 
 
-def load(model: str | Path, dtype: str | None = None, device: str = "cpu", probe: bool = True) -> Model:
+def load(
+    model: str | Path,
+    dtype: str | None = None,
+    device: str = "cpu",
+    probe: bool = True,
+    quantize: Literal["int8"] | None = None,
+) -> Model:
     """Load a folder or hub name as `dtype` (default: as stored). Raises ConfigError, UnsupportedModel.
 
-    Devices other than the CPU are untested.
+    `quantize` is how linear layers keep their weights (`linears.py`). Devices other than the CPU are untested.
     """
     facts = read_facts(model)
     dtype = dtype or facts.dtype
@@ -88,13 +97,26 @@ def load(model: str | Path, dtype: str | None = None, device: str = "cpu", probe
     if facts.task == "classify" and not hasattr(module, "score"):
         raise UnsupportedModel(f"{facts.folder} is not supported: its head is more than one 'score' matrix")
     loaded = Model(facts, module, torch_dtype, torch.device(device))
-    with torch.inference_mode():
-        pack_linears(module)
+    _quicken(loaded, quantize)
     if probe:
         from diptych.engine.probe import check  # it needs Model
 
         check(loaded)
     return loaded
+
+
+def _quicken(model: Model, quantize: str | None) -> None:
+    """Replace what can be computed faster, or kept smaller, than the library does it."""
+    known = model.device.type == "cpu" and model.dtype in (torch.float32, torch.bfloat16)
+    lib = kernels.best() if known else None
+    if lib is None and quantize:
+        raise ConfigError(f"weights in {quantize} need the native kernels, float32 or bfloat16, and the CPU")
+    with torch.inference_mode():
+        if lib is None:
+            pack_linears(model.module)
+        else:
+            stream_linears(model.module, lib, quantize == "int8")
+            fuse_layers(model.module, model.facts, model.dtype)
 
 
 def _load_module(facts: ModelFacts, dtype: torch.dtype) -> Any:

@@ -1,8 +1,8 @@
 """Attention over the paged pool: writes a step's keys and values, reads everyone's context.
 
-A step's new tokens lie in one row: first those of sequences with few of them (decodes above all), then prompt pieces
-one by one. C++ answers the former (`kernels.py`); where it cannot, torch does, decodes batched by similar length.
-Prompt pieces are torch's either way; what torch's fused attention cannot do (capped scores, sinks) goes to `plain.py`.
+A step's new tokens lie in one row: first those that C++ answers (`kernels.py`): sequences with few of them, decodes
+above all, and pieces of prompt where it is faster. What it does not answer torch does, decodes batched by similar
+length, prompts one by one; what torch's fused attention cannot do (capped scores, sinks) goes to `plain.py`.
 All indices are made once per step and serve every layer. Sequences never see each other: not through masks, and not
 through stale bytes, since the unwritten tail of a block is zeroed when the block is begun. A layer's window is a
 mask: the KV before it is kept all the same. Not responsible for block ids, positions or the model around it.
@@ -201,6 +201,8 @@ class Batch:
     segments: list[Decodes | Fresh | Chunk]
     last: list[int]
     num_calls: int = field(default=0)
+    fusable: bool = True  # whole layers may be computed natively (`fusion.py`)
+    asked: dict[int, Features] = field(default_factory=dict)  # by layer, what attention was asked for
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, features: Features) -> Tensor:
         """query [heads, tokens, dim], key and value [KV heads, tokens, dim] -> [tokens, heads, dim]."""
@@ -224,7 +226,7 @@ class Batch:
 
 def lay_out(pieces: Sequence[Piece], kv: PagedKV) -> Batch:
     """Make a step's indices, and zero the blocks it begins but does not fill. No loop over tokens or blocks."""
-    alone = _is_decode if kv.kernel is None else _has_few_tokens
+    alone = _is_decode if kv.kernel is None else kv.kernel.answers
     small = sorted((i for i, p in enumerate(pieces) if alone(p)), key=lambda i: len(pieces[i].blocks))
     order = small + [i for i, p in enumerate(pieces) if not alone(p)]
     ordered = [pieces[i] for i in order]
@@ -250,10 +252,6 @@ def lay_out(pieces: Sequence[Piece], kv: PagedKV) -> Batch:
 
 def _is_decode(piece: Piece) -> bool:
     return piece.count == 1 and piece.start > 0
-
-
-def _has_few_tokens(piece: Piece) -> bool:
-    return piece.count <= kernels.MAX_QUERIES
 
 
 def _segments(
@@ -301,6 +299,11 @@ def _decode_group(pieces: list[Piece], first: int, kv: PagedKV) -> Decodes:
 _current: Batch | None = None
 
 
+def current_batch() -> Batch | None:
+    """The batch of the forward that runs now."""
+    return _current
+
+
 @contextmanager
 def forward_context(batch: Batch) -> Iterator[None]:
     """While this is open, `paged_attention` works on `batch`."""
@@ -324,6 +327,7 @@ def paged_attention(
     if batch is None:
         raise RuntimeError("paged attention was called outside a forward context")
     features = features_of(module, query.shape[-1], attention_mask, kwargs)
+    batch.asked[module.layer_idx] = features
     kv, width = batch.kv, value.shape[-1]
     if key.shape[1] != kv.num_heads or key.shape[-1] != kv.dim or width > kv.dim:
         raise UnsupportedModel(

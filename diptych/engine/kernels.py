@@ -1,4 +1,4 @@
-"""Attention in C++ for sequences with few new tokens: one native call for each layer and step, with the GIL released.
+"""The native library, and attention in it: one call for each layer and step, with the GIL released.
 
 Decides which library the CPU can run, compiles or finds it (`transfer/native/build.py`), and is the last gate before
 raw addresses: block ids, shapes and dtypes are checked here, once per step. `find(pages)` is None where there is no
@@ -7,7 +7,7 @@ attention then stays in torch, which is slower.
 
 Each instruction set has a library of its own, so that none holds code that its CPU might not run; `WANTED` names one
 (`LEVELS`), or `off`. `python -m diptych.engine.kernels` compiles ahead of the first start. Not responsible for the
-arithmetic (`native/attention.cpp`), nor for prompts.
+arithmetic (`native/`), nor for what linear layers (`linears.py`) and whole layers (`fusion.py`) hand to it.
 """
 
 import ctypes
@@ -29,9 +29,9 @@ from diptych.transfer.native import build
 
 log = logging.getLogger(__name__)
 
-MAX_QUERIES = 8  # new tokens of a sequence; with more of them, gathering its pages for one large product is faster
+MAX_QUERIES = 8  # new tokens of a sequence; more of them are a piece of prompt, answered in another way
 _FOLDER = Path(__file__).with_name("native")
-_HEADERS = (_FOLDER / "vectors.h", _FOLDER / "products.h")
+_HEADERS = tuple(sorted(_FOLDER.glob("*.h")))
 _AVX2 = ("-mavx2", "-mfma")
 _AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl")
 # Best first: name -> the compiler's flags. Without the `-m` each is the CPU's own name for what it must have.
@@ -42,9 +42,9 @@ _SPELT = {"avx512bf16": "avx512_bf16"}
 
 def target(level: str) -> build.Target:
     """How the library of one level is built. Without OpenMP it runs on one thread."""
-    source = _FOLDER / "attention.cpp"
+    source = _FOLDER / "kernels.cpp"
     return build.Target(
-        f"attention-{level}",
+        f"kernels-{level}",
         source,
         _HEADERS,
         (*build.FLAGS, *LEVELS[level]),
@@ -59,6 +59,7 @@ def levels_here() -> list[str]:
     return [level for level, needed in names.items() if has.issuperset(needed)]
 
 
+@functools.cache
 def _cpu_flags() -> set[str]:
     """What Linux says that the CPU has, and that it keeps in a thread's state."""
     if platform.machine() not in ("x86_64", "AMD64"):
@@ -85,14 +86,29 @@ def library(level: str) -> ctypes.CDLL | None:
     """The compiled kernel of one level, or None (said once in the log) where it cannot be had."""
     try:
         lib = ctypes.CDLL(str(build.find_or_build(target(level))))
-        lib.diptych_attend.argtypes = [ctypes.c_void_p]
-        lib.diptych_attend.restype = lib.diptych_step_size.restype = ctypes.c_int64
+        pointer, number = ctypes.c_void_p, ctypes.c_int64
+        lib.diptych_attend.argtypes = [pointer]
+        lib.diptych_linear.argtypes = [pointer, number, pointer, number, pointer, number]
+        lib.diptych_layer.argtypes = [pointer, pointer, pointer]
+        for name in ("attend", "linear", "layer", "step_size", "layer_size"):
+            getattr(lib, f"diptych_{name}").restype = number
     except (OSError, RuntimeError, AttributeError, build.BuildError) as error:  # RuntimeError: no home directory
-        log.warning("attention falls back to torch, which is several times slower at decoding: %s", error)
+        log.warning("the engine falls back to torch alone, which is several times slower at decoding: %s", error)
         return None
-    if lib.diptych_step_size() != ctypes.sizeof(_Step):
-        raise AssertionError("the Step of attention.cpp and that of kernels.py differ")
+    if (lib.diptych_step_size(), lib.diptych_layer_size()) != (ctypes.sizeof(_Step), ctypes.sizeof(LayerArgs)):
+        raise AssertionError("the structures of native/ and those of kernels.py differ")
     return lib
+
+
+def best() -> ctypes.CDLL | None:
+    """The library of the chosen level, if it can be had."""
+    level = chosen_level()
+    return None if level is None else library(level)
+
+
+def multiplies_best(dtype: torch.dtype, level: str | None = None) -> bool:
+    """Whether the library's large products are as fast as torch's: of bfloat16 by vectors, where no tiles are (AMX)."""
+    return dtype == torch.bfloat16 and (level or chosen_level()) == "avx512bf16" and "amx_bf16" not in _cpu_flags()
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +118,11 @@ class Kernel:
     pages: Tensor  # [block, layer, K/V, head, token, dim]
     level: str
     lib: ctypes.CDLL
+    prompts: bool  # it answers pieces of prompt too; otherwise torch does
+
+    def answers(self, piece: Piece) -> bool:
+        """Whether a piece of a step is the library's."""
+        return self.prompts or piece.count <= MAX_QUERIES
 
 
 def find(pages: Tensor, level: str | None = None) -> Kernel | None:
@@ -112,11 +133,40 @@ def find(pages: Tensor, level: str | None = None) -> Kernel | None:
     if level is None or not fits or dim % 8 or not 0 < dim <= 256:
         return None
     lib = library(level)
-    return None if lib is None else Kernel(pages, level, lib)
+    return None if lib is None else Kernel(pages, level, lib, multiplies_best(pages.dtype, level))
+
+
+class MatrixArgs(ctypes.Structure):
+    """A linear layer, as native/linear.h has it."""
+
+    _fields_ = [
+        *[(name, ctypes.c_void_p) for name in ("weight", "bias", "scales")],
+        *[(name, ctypes.c_int64) for name in ("rows", "columns")],
+    ]
+
+
+class LayerArgs(ctypes.Structure):
+    """A decoder layer, as native/layer.h has it."""
+
+    _fields_ = [
+        *[(name, MatrixArgs) for name in ("query", "key", "value", "out", "gate", "up", "down")],
+        *[(name, ctypes.c_void_p) for name in ("norm_before", "norm_after", "norm_query", "norm_key", "sinks")],
+        *[(name, ctypes.c_int64) for name in ("layer", "window", "activation")],
+        *[(name, ctypes.c_float) for name in ("epsilon", "scale", "softcap")],
+    ]
+
+
+class CallArgs(ctypes.Structure):
+    """What a decoder layer is given in one step, as native/layer.h has it."""
+
+    _fields_ = [
+        *[(name, ctypes.c_void_p) for name in ("x", "cosines", "sines", "y")],
+        ("rotary", ctypes.c_int64),
+    ]
 
 
 class _Step(ctypes.Structure):
-    """What one call is told; attention.cpp has the same, with what each means."""
+    """What one call is told; native/attention.h has the same, with what each means."""
 
     _fields_ = [
         *[("pages", ctypes.c_void_p)],
@@ -139,7 +189,7 @@ class _Step(ctypes.Structure):
 class NativeStep:
     """A step's native half, laid out once for all layers: every token's slot, and the pieces that the kernel answers.
 
-    Its sequences are the first pieces of the step, in order, of at most `MAX_QUERIES` tokens each.
+    Its sequences are the first pieces of the step, in order.
     """
 
     kernel: Kernel
@@ -231,7 +281,7 @@ def main() -> int:
         for level in LEVELS if in_place else levels_here()[:1]:
             print((build.build_in_place if in_place else build.find_or_build)(target(level)))
     except (OSError, RuntimeError, build.BuildError) as error:
-        print(f"could not build the attention kernel: {error}", file=sys.stderr)
+        print(f"could not build the native kernels: {error}", file=sys.stderr)
         return 1
     return 0
 

@@ -94,6 +94,7 @@ def _paged_logits(model: Model, ids: list[int], cuts: list[int]) -> Tensor:
     for start, end in zip(cuts, cuts[1:], strict=False):
         piece = Piece(0, sequence, start, end - start, table[: -(-end // BLOCK_SIZE)], True)
         batch = lay_out([piece], kv)
+        batch.fusable = False  # what is compared is the library's code with our attention
         logits.append(model.logits(batch, list(range(piece.count))))
         if batch.num_calls != facts.num_layers:
             raise UnsupportedModel(

@@ -120,4 +120,5 @@ def _executor(cluster: Cluster, worker: WorkerConfig, pool: Pool) -> Executor:
     from diptych.engine.adapter import load
     from diptych.engine.torch_executor import TorchExecutor
 
-    return TorchExecutor(load(cluster.folder, worker.dtype), pool, num_threads=max(len(worker.cores), 1))
+    model = load(cluster.folder, worker.dtype, quantize=worker.quantize)
+    return TorchExecutor(model, pool, num_threads=max(len(worker.cores), 1))

@@ -1,4 +1,4 @@
-// Attention of few queries a sequence (decodes, verification) over the paged pool [block, layer, K/V, head, token, dim],
+// Attention over the paged pool [block, layer, K/V, head, token, dim], of few queries a sequence (decodes, verification),
 // and the storing of a step's new keys and values: one call for each layer and step, with the GIL released.
 //
 // Work is cut into (sequence, KV head, part): a part is a stretch of the sequence's tokens, and where it is cut depends
@@ -7,12 +7,10 @@
 // Within a part, a running softmax (Milakov and Gimelshein, 2018) in float over tiles of tokens, the next tile being
 // fetched meanwhile.
 //
-// This file is compiled once for each instruction set (kernels.py), each into a library of its own: code of a wide one
-// cannot leak into a narrow one. Not responsible for checking anything: kernels.py checks ids and shapes.
+// Not responsible for checking anything: kernels.py checks ids and shapes.
 
-#include <stdlib.h>
-
-#include "products.h"
+#pragma once
+#include "prompt.h"
 
 namespace {
 
@@ -20,62 +18,17 @@ constexpr int64_t PART = 256;     // tokens of a part, at least
 constexpr int64_t MAX_PARTS = 16;  // of a sequence, so that what is kept between parts is bounded
 constexpr int MAX_ROWS = 64;      // (query, head) pairs worked on at once
 constexpr int64_t THREAD_BYTES = 192 << 10;  // of K and V, below which waking a thread costs more than it brings
-constexpr float HIDDEN = -3e38f, NOTHING = -1e30f;  // a masked score; the maximum of no scores (above it, see softmax)
-
-}  // namespace
-
-// Mirrored by kernels.py; all counts and strides are of elements.
-struct Step {
-    void *pages;
-    int64_t is_bf16, num_layers, num_kv_heads, block_size, dim, num_heads;
-    const void *key, *value;  // [KV head, token, dim]
-    int64_t key_head, key_token, value_head, value_token, num_tokens;
-    const int64_t *slots;  // of each token: where its key's first head of layer 0 lies
-    const void *query;     // [head, token, dim]
-    int64_t query_head, query_token;
-    void *out;  // [token, head, dim]
-    int64_t num_sequences;
-    const int64_t *first_token, *num_queries, *lengths, *first_block;  // of each sequence
-    const int32_t *tables;
-    const float *sinks;  // [head], or null
-    int64_t layer, window, num_threads;
-    float scale, softcap;
-};
-
-namespace {
+constexpr int64_t FEW = 8;        // queries of a sequence; more of them are a piece of prompt (kernels.py: MAX_QUERIES)
 
 struct Item {
     int32_t sequence, head, part, num_parts;
     int64_t states, counter;  // of this (sequence, head): its first state, and which counter counts its parts
 };
 
-// Memory that is kept from call to call by the thread that calls.
-struct Scratch {
-    char *data = nullptr;
-    int64_t size = 0;
-    ~Scratch() { free(data); }
-    bool grow(int64_t need) {
-        if (need <= size) return true;
-        free(data);
-        data = (char *)aligned_alloc(64, (need + 4095) / 4096 * 4096);
-        size = data ? (need + 4095) / 4096 * 4096 : 0;
-        return data;
-    }
-};
-thread_local Scratch scratch;
+thread_local Scratch partial_results;
 
-struct Span { int64_t first, end; };
-
-INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 INLINE int64_t padded(const Step &s) { return (s.dim + 31) / 32 * 32; }
 INLINE int64_t state_size(const Step &s) { return padded(s) + 2 * 16; }  // sums; then the maximum and the total
-
-// Tokens that a query sees, by its number within the sequence's queries.
-INLINE Span seen(const Step &s, int64_t sequence, int64_t query) {
-    const int64_t end = s.lengths[sequence] - s.num_queries[sequence] + 1 + query;
-    return {s.window > 0 ? most(0, end - s.window) : 0, end};
-}
 
 INLINE int64_t part_size(const Step &s, Span span) {
     const int64_t size = most(PART, (span.end - span.first + MAX_PARTS - 1) / MAX_PARTS);
@@ -289,10 +242,35 @@ INLINE int64_t num_parts(const Step &s, int64_t sequence) {
     return (span.end - span.first + size - 1) / size;
 }
 
+thread_local Scratch prompt_buffers;
+
+// Blocks of queries of pieces of prompt, last ones first (they see most), until none is left.
+template <class T> bool prompts(const Step &s, int64_t at_once, int64_t &next) {
+    Prompt<T> prompt(s, prompt_buffers);
+    if (!prompt.prepare()) return false;
+    for (;;) {
+        int64_t mine = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED), i = 0, blocks = 0;
+        for (; i < s.num_sequences; i++) {
+            blocks = s.num_queries[i] > FEW ? (s.num_queries[i] + at_once - 1) / at_once : 0;
+            if (mine < blocks * s.num_kv_heads) break;
+            mine -= blocks * s.num_kv_heads;
+        }
+        if (i == s.num_sequences) return true;
+        const int64_t first = (blocks - 1 - mine / s.num_kv_heads) * at_once;
+        prompt.take(i, mine % s.num_kv_heads, first, least(at_once, s.num_queries[i] - first));
+    }
+}
+
 template <class T> int64_t attend(const Step &s) {
     const int64_t group = s.num_heads / s.num_kv_heads;
-    int64_t num_items = 0, num_states = 0, num_tokens = 0;
+    const int64_t at_once = Prompt<T>::queries_at_once(s);
+    int64_t num_items = 0, num_blocks = 0, num_states = 0, num_tokens = 0;
     for (int64_t i = 0; i < s.num_sequences; i++) {
+        if (s.num_queries[i] > FEW) {
+            num_blocks += (s.num_queries[i] + at_once - 1) / at_once * s.num_kv_heads;
+            num_tokens += THREAD_BYTES;  // there is always enough to do
+            continue;
+        }
         const int64_t parts = num_parts(s, i);
         num_items += parts * s.num_kv_heads;
         if (parts > 1) num_states += parts * s.num_kv_heads * s.num_queries[i] * group;
@@ -300,13 +278,13 @@ template <class T> int64_t attend(const Step &s) {
     }
     const int64_t state_bytes = num_states * state_size(s) * (int64_t)sizeof(float);
     const int64_t item_bytes = (num_items * (int64_t)sizeof(Item) + 63) / 64 * 64;
-    if (!scratch.grow(state_bytes + item_bytes + s.num_sequences * s.num_kv_heads * 4)) return -1;
-    float *states = (float *)scratch.data;
-    Item *items = (Item *)(scratch.data + state_bytes);
-    int32_t *counters = (int32_t *)(scratch.data + state_bytes + item_bytes);
+    if (!partial_results.grow(state_bytes + item_bytes + s.num_sequences * s.num_kv_heads * 4)) return -1;
+    float *states = (float *)partial_results.data;
+    Item *items = (Item *)(partial_results.data + state_bytes);
+    int32_t *counters = (int32_t *)(partial_results.data + state_bytes + item_bytes);
     int64_t made = 0, state = 0;
     for (int64_t i = 0; i < s.num_sequences; i++)
-        for (int64_t head = 0; head < s.num_kv_heads; head++) {
+        for (int64_t head = 0; head < s.num_kv_heads && s.num_queries[i] <= FEW; head++) {
             const int32_t parts = (int32_t)num_parts(s, i);
             const int64_t counter = i * s.num_kv_heads + head;
             counters[counter] = parts;
@@ -314,14 +292,18 @@ template <class T> int64_t attend(const Step &s) {
             if (parts > 1) state += parts * s.num_queries[i] * group;
         }
     const int64_t bytes = num_tokens * 2 * s.num_kv_heads * s.dim * (int64_t)sizeof(T);
-    const int threads = (int)most(1, least(least(s.num_threads, num_items), bytes / THREAD_BYTES));
-    int64_t next = 0;
+    const int threads = (int)most(1, least(least(s.num_threads, num_items + num_blocks), bytes / THREAD_BYTES));
+    int64_t next = 0, next_block = 0, lacking = 0;
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
-        Work<T> work(s);
-        for (int64_t i; (i = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED)) < num_items;) work.take(items[i], states, counters);
+        if (num_blocks && !prompts<T>(s, at_once, next_block)) __atomic_store_n(&lacking, 1, __ATOMIC_RELAXED);
+        if (num_items) {
+            Work<T> work(s);
+            for (int64_t i; (i = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED)) < num_items;)
+                work.take(items[i], states, counters);
+        }
     }
-    return 0;
+    return lacking ? -1 : 0;
 }
 
 template <class T> void keep(const Step &s) {
@@ -336,18 +318,9 @@ template <class T> void keep(const Step &s) {
         }
 }
 
-template <class T> int64_t run(const Step &s) {
+template <class T> int64_t keep_and_attend(const Step &s) {
     keep<T>(s);
     return s.num_sequences ? attend<T>(s) : 0;
 }
 
 }  // namespace
-
-extern "C" {
-
-// Stores the step's keys and values of one layer, then answers the queries. 0, or -1 where memory is lacking.
-int64_t diptych_attend(const Step *step) { return step->is_bf16 ? run<bf16>(*step) : run<float>(*step); }
-
-int64_t diptych_step_size() { return sizeof(Step); }
-
-}  // extern "C"
