@@ -194,7 +194,7 @@ class Reaction:
 class Glance:
     """What the world may see of a worker's state."""
 
-    offered: frozenset[int]
+    offered: frozenset[tuple[int, int]]  # (rid, block)
     fenced: frozenset[int]  # a read may write into these: reserved or quarantined
     free: frozenset[int]
     steps: bool
@@ -254,7 +254,10 @@ class Station:
             frozenset(block for block, state in enumerate(pool._state) if state in wanted)
             for wanted in ({State.RESERVED, State.QUARANTINED}, {State.FREE})
         ]
-        offered = frozenset(block for block, count in enumerate(pool._offers) if count)
+        handed = {(rid, b) for rid, offer in self.worker.source._offers.items() for b in offer.seq.blocks[: offer.published]}
+        copied = {(rid, b) for rid, batches in self.worker.copies._open.items() for batch in batches for b in batch.blocks}
+        offered = frozenset(handed | copied)
+        law({block for _, block in offered} == {b for b, count in enumerate(pool._offers) if count}, "offers do not add up")
         ticks = self.worker.next_deadline() is not None
         return Glance(offered, *states, bool(self.worker._steps), ticks, not leftovers(self.worker))
 
@@ -365,6 +368,11 @@ class Gone:
     request: int
 
 
+@dataclass(frozen=True)
+class Opening:
+    """All workers are up, and all requests come in."""
+
+
 class _Gate:
     """The ports of the router's driver: what it sends, and what clients have."""
 
@@ -388,13 +396,14 @@ class Front:
     def __init__(self, spec: RouterSpec, cluster: Sequence[WorkerSpec], texts: Texts):
         self.gate = _Gate(texts)
         self.driver = RouterDriver(Router(spec), self.gate, _midnight, None)
-        self.started = False
         self._cluster = tuple(cluster)
         self._texts = texts
 
-    def hear(self, event: Said | Lost | Gone | WorkerUp) -> tuple[tuple[str, Any], ...]:
+    def hear(self, event: Opening | Said | Lost | Gone | WorkerUp) -> tuple[tuple[str, Any], ...]:
         """Feed the driver an event; returns what it sends to whom."""
         match event:
+            case Opening():
+                self._open()
             case Said():
                 for order in event.orders:
                     count = order.count if isinstance(order, Emit) else 0
@@ -407,15 +416,13 @@ class Front:
                 self.driver.worker_up(event)
         return self._sent()
 
-    def start(self) -> tuple[tuple[str, Any], ...]:
-        """All workers are up, and all requests come in."""
+    def _open(self) -> None:
         for spec in self._cluster:
             self.driver.worker_up(WorkerUp(spec.name, 0, spec.role, spec.num_blocks, spec.block_size))
         for request, (num_prompt, max_new) in enumerate(self._texts.lengths):
             hashes = self._texts.hashes(messages.attempt_id(request, 0), num_prompt)
             ticket = Ticket(bytes(4 * num_prompt), num_prompt, Sampling(), b"")
             self.driver.submit("client", Submitted(request, num_prompt, max_new, hashes), ticket)
-        return self._sent()
 
     def settle(self) -> Hashable:
         """Forget what makes no difference; returns all that does."""

@@ -26,18 +26,17 @@ from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
-from automata import Access, Automaton, Gone, Lost, Reading, Said, Step, Texts, Violation, front, law, station
+from automata import Access, Automaton, Gone, Lost, Opening, Reading, Said, Step, Texts, Violation, front, law, station
 
 from diptych.policy.batching import WorkerSpec
 from diptych.policy.messages import (
     Beat,
-    Cancel,
     CancelPull,
     Emit,
     Finish,
     Offer,
     PeerLost,
-    Place,
+    Pull,
     Read,
     ReadFailed,
     Role,
@@ -171,10 +170,7 @@ class Space:
     def first(self) -> World:
         """Everybody is up, and all requests have come in."""
         move = Move(self, None)
-        thing = self.front._things[0]
-        sent = thing.start()
-        move.router = self.front.number(thing)
-        move.post_all(sent)
+        move.tell_router(Opening())
         return move.pack()
 
     def is_empty(self, world: World) -> bool:
@@ -270,6 +266,11 @@ class Space:
     def _mourned(self, move: "Move", i: int) -> bool:
         """Somebody has still to hear of that death."""
         return any(move.ends(i, other) for other in (ROUTER, *range(len(self.names))) if other != i)
+
+
+def named(order: Pull) -> set[tuple[int, int]]:
+    """What a read reads, as its source names it."""
+    return {(order.rid, block) for block in order.source}
 
 
 class Move:
@@ -410,7 +411,7 @@ class Move:
             order = self.space.plans.values[read.plan].order
             if read.reader == i:
                 law(glance.fenced.issuperset(order.target), f"{self.space.names[i]} frees what {order} may write into")
-            elif read.fenced and self.space.index[order.peer] == i and not glance.offered.issuperset(order.source):
+            elif read.fenced and self.space.index[order.peer] == i and not glance.offered.issuperset(named(order)):
                 over = isinstance(event, Tick | PeerLost)
                 law(over, f"{self.space.names[i]} frees what {order} reads, at {event}")
                 self.reads[k] = read._replace(fenced=False)
@@ -472,7 +473,7 @@ class Move:
         law(all((read.reader, read.pull) != (i, order.pull) for read in self.reads), f"{order} again")
         state = self.stations[peer]
         gone = state == DEAD or (max(i, peer), min(i, peer)) in self.cuts
-        fenced = not gone and space.stations[peer].seen[state].offered.issuperset(order.source)
+        fenced = not gone and space.stations[peer].seen[state].offered.issuperset(named(order))
         self.reads.append(Transfer(i, order.pull, space.plans.number(reading), GOING, fenced, gone))
 
     def _stop(self, i: int, pull: int) -> None:
