@@ -107,7 +107,7 @@ def attributes(thing: Any) -> list[tuple[str, Any]]:
 
 def clone(thing: Any, known: dict[int, Any]) -> Any:
     """A deep copy in which what was one object is one object again; facts are not copied."""
-    kind = type(thing)
+    kind: Any = type(thing)
     if _is_atom(kind):
         return thing
     if id(thing) in known:
@@ -128,9 +128,9 @@ def clone(thing: Any, known: dict[int, Any]) -> Any:
     return copy
 
 
-def freeze(thing: Any, now: float, known: dict[int, int]) -> Hashable:
+def freeze(thing: Any, now: float, known: dict[int, int]) -> Any:
     """All that decisions depend on, as a value. Instants are counted from now."""
-    kind = type(thing)
+    kind: Any = type(thing)
     if kind is float:
         return thing - now
     if kind is array:
@@ -140,7 +140,7 @@ def freeze(thing: Any, now: float, known: dict[int, int]) -> Hashable:
     if kind is tuple:
         return tuple([freeze(value, now, known) for value in thing])
     if _is_atom(kind):
-        return thing  # type: ignore[no-any-return]
+        return thing
     if id(thing) in known:
         return ("again", known[id(thing)])
     known[id(thing)] = len(known)
@@ -254,10 +254,17 @@ class Station:
             frozenset(block for block, state in enumerate(pool._state) if state in wanted)
             for wanted in ({State.RESERVED, State.QUARANTINED}, {State.FREE})
         ]
-        handed = {(rid, b) for rid, offer in self.worker.source._offers.items() for b in offer.seq.blocks[: offer.published]}
-        copied = {(rid, b) for rid, batches in self.worker.copies._open.items() for batch in batches for b in batch.blocks}
+        handed = {
+            (rid, b) for rid, offer in self.worker.source._offers.items() for b in offer.seq.blocks[: offer.published]
+        }
+        copied = {
+            (rid, b) for rid, batches in self.worker.copies._open.items() for batch in batches for b in batch.blocks
+        }
         offered = frozenset(handed | copied)
-        law({block for _, block in offered} == {b for b, count in enumerate(pool._offers) if count}, "offers do not add up")
+        law(
+            {block for _, block in offered} == {b for b, count in enumerate(pool._offers) if count},
+            "offers do not add up",
+        )
         ticks = self.worker.next_deadline() is not None
         return Glance(offered, *states, bool(self.worker._steps), ticks, not leftovers(self.worker))
 
@@ -311,7 +318,9 @@ class Station:
         filled = []
         for piece in slices:
             known = len(self.worker.seqs[piece.rid].hashes)
-            filled += [(piece.rid, digest) for digest in self.texts.hashes(piece.rid, piece.start + piece.count)[known:]]
+            filled += [
+                (piece.rid, digest) for digest in self.texts.hashes(piece.rid, piece.start + piece.count)[known:]
+            ]
         return tuple(filled)
 
     def _seen(self, order: WorkerOrder) -> WorkerOrder | Reading:

@@ -1,19 +1,20 @@
 """The ownership protocol, explored exhaustively at small scope.
 
-A breadth-first search over everything that can happen to a small cluster: the policy objects themselves (`automata.py`),
-messages on their way, reads, steps, and which token's KV is in which slot of which block. From each state every event
-that is possible next is tried: any channel delivers its next message, a read or a step ends, a lease ends, and, as
-often as the scope allows, a client leaves, a read fails, a worker dies, a connection breaks, a message comes twice or
-never.
+A breadth-first search over everything that can happen to a small cluster. A state is: the policy objects themselves
+(`automata.py`), messages on their way, reads, steps, and which token's KV is in which slot of which block. From each
+state every event that is possible next is tried: any channel delivers its next message, a read or a step ends, a lease
+ends, and, as often as the scope allows, a client leaves, a read fails, a worker dies, a connection breaks, a message
+comes twice or never.
 
-    python tests/explore.py                    every scope that ends within a minute or two
-    python tests/explore.py --scope handover   one of them; --list names all
+    python tests/explore.py                    every scope of up to 10^5 states or so (minutes)
+    python tests/explore.py --scope two-cut    one of them; --list names all
 
-Laws: those in `automata.py`, and
-- what a read or a step finds is what it expects, unless the reader's lease had ended; and then it is not used;
-- blocks that a peer reads stay offered until it has ended or its lease has; blocks that a read may write into stay
-  reserved or quarantined until it has settled;
-- from every state all can still end, without anybody's help: requests answered or refused, every block home.
+Time is coarse: a worker's clock goes on only with its ticks, each to the next instant it asked for. So a lease may end
+before or after anything else, but which of two leases that began between the same two ticks ends first is not explored.
+Unless the scope allows haste, a tick comes only when nothing else can.
+
+The laws are in `automata.py` and `small_world.py`; and here: from every state all can still end without anybody's help,
+with requests answered or refused and every block home.
 """
 
 import argparse
@@ -21,64 +22,17 @@ import sys
 import time
 from array import array
 from collections import deque
-from collections.abc import Callable, Hashable, Iterator
-from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field
+from typing import Any
 from unittest.mock import patch
 
-from automata import Access, Automaton, Gone, Lost, Opening, Reading, Said, Step, Texts, Violation, front, law, station
+from automata import Violation, leftovers
+from small_world import DEAD, Budget, Label, Move, Scope, Space, World
 
 from diptych.policy.batching import WorkerSpec
-from diptych.policy.messages import (
-    Beat,
-    CancelPull,
-    Emit,
-    Finish,
-    Offer,
-    PeerLost,
-    Pull,
-    Read,
-    ReadFailed,
-    Role,
-    Run,
-    Settled,
-    Tick,
-    WorkerUp,
-)
-from diptych.policy.router import RouterSpec
-
-GARBAGE = -1
-ROUTER = -1
-GOING, CANCELLED, FAILED = range(3)
-DEAD = -1
+from diptych.policy.messages import Role
 
 # --- scopes ----------------------------------------------------------------------------------------------------------
-
-
-class Budget(NamedTuple):
-    """How often each thing that need not happen may happen in one run. `haste`: a lease or beat is due early."""
-
-    cancels: int = 0
-    failures: int = 0
-    deaths: int = 0
-    cuts: int = 0
-    doubles: int = 0
-    losses: int = 0
-    haste: int = 0
-
-
-@dataclass(frozen=True)
-class Scope:
-    """What is explored. `requests`: (prompt, answer) in tokens. `kinds`: which messages may be doubled or lost."""
-
-    cluster: tuple[WorkerSpec, ...]
-    requests: tuple[tuple[int, int], ...]
-    budget: Budget
-    shared: bool = False
-    attempts: int = 3
-    revive: bool = False
-    kinds: tuple[str, ...] = ()
-    quick: bool = True  # part of what the command explores when it is not told what
 
 
 def spec(name: str, num_blocks: int = 3, size: int = 2, **more: Any) -> WorkerSpec:
@@ -92,484 +46,46 @@ def pair(**more: Any) -> tuple[WorkerSpec, ...]:
 
 
 ONE, TWO = ((2, 2),), ((2, 2), (2, 2))
-EVERYTHING = Budget(cancels=1, failures=1, deaths=1, cuts=1, haste=1)
+TRIO = (spec("p", replicate=True), spec("d0", replicate=True), spec("d1", replicate=True))
+REPEATABLE = (
+    "Cancel", "Publish", "Done", "Answer", "Revoke", "Drop", "Beat", "Replicate", "Replicated", "Release", "PeerLost",
+)  # fmt: skip
+LOSABLE = ("Cancel", "Publish", "Done", "Revoke", "Beat", "Replicate", "Replicated")
 SCOPES = {
+    # two requests, which do not fit into one decode worker at once
     "calm": Scope(pair(), TWO, Budget()),
-    "haste": Scope(pair(), TWO, Budget(haste=1)),
     "cancel": Scope(pair(), TWO, Budget(cancels=1)),
-    "cancel2": Scope(pair(), TWO, Budget(cancels=2, haste=1)),
     "failure": Scope(pair(), TWO, Budget(failures=1)),
     "death": Scope(pair(), TWO, Budget(deaths=1)),
-    "cut": Scope(pair(), TWO, Budget(cuts=1)),
+    "haste": Scope(pair(), TWO, Budget(haste=1)),
+    "ahead": Scope(pair(depth=2), TWO, Budget(cancels=1)),
+    "shared": Scope(pair(), ((3, 2), (3, 2)), Budget(cancels=1), shared=True),
+    "squeeze": Scope(pair(num_blocks=4, size=1), TWO, Budget(cancels=1, failures=1)),
+    # one request, and more that goes wrong
     "one": Scope(pair(), ONE, Budget(cancels=1, failures=1, haste=1)),
-    "onedeath": Scope(pair(), ONE, Budget(cancels=1, deaths=1, haste=1), revive=True),
-    "onecut": Scope(pair(), ONE, Budget(cancels=1, cuts=1, haste=1)),
+    "restart": Scope(pair(), ONE, Budget(cancels=1, deaths=1, haste=1), revive=True),
+    "restarts": Scope(pair(), ONE, Budget(deaths=2, haste=1), revive=True),
+    "cut": Scope(pair(), ONE, Budget(cuts=1, haste=1), attempts=2),
+    # a prompt that is read while it is computed
     "parts": Scope(pair(chunk=1), ((4, 2),), Budget(cancels=1, failures=1, haste=1)),
-    "replicas": Scope(pair(replicate=True), ((2, 4),), Budget(cancels=1, failures=1, haste=2)),
-    "replicasdeath": Scope(pair(replicate=True), ((2, 4),), Budget(deaths=1, failures=1, haste=1), revive=True),
-    "failover": Scope((spec("p", replicate=True), spec("d0", replicate=True), spec("d1", replicate=True)), ((2, 4),), Budget(deaths=1, haste=1)),
+    "parts-restart": Scope(pair(chunk=1), ((4, 2),), Budget(cancels=1, deaths=1), revive=True),
+    "parts-cut": Scope(pair(chunk=1), ((4, 2),), Budget(cuts=1), attempts=2),
+    # what a death costs: replicas, and a last block that is not full
+    "replicas": Scope(pair(replicate=True), ((2, 4),), Budget(cancels=1, failures=1, haste=1)),
+    "replicas-restart": Scope(pair(replicate=True), ((2, 4),), Budget(deaths=1, failures=1), revive=True),
+    "tail": Scope(pair(replicate=True), ((3, 3),), Budget(deaths=1, haste=1), revive=True),
+    "tail-cut": Scope(pair(replicate=True), ((3, 3),), Budget(cuts=1), attempts=2),
+    "failover": Scope(TRIO, ((3, 3),), Budget(deaths=1), attempts=2),
+    # beyond what connections promise: a message comes twice, or never, though the connection holds
+    "twice": Scope(pair(replicate=True), ((2, 4),), Budget(cancels=1, doubles=1), kinds=REPEATABLE),
+    "never": Scope(pair(replicate=True), ((2, 4),), Budget(cancels=1, losses=1), kinds=LOSABLE),
+    # for a machine with time and memory
+    "cancels": Scope(pair(), TWO, Budget(cancels=2, haste=1), quick=False),
+    "two-restart": Scope(pair(), TWO, Budget(cancels=1, deaths=1), revive=True, quick=False),
+    "two-cut": Scope(pair(), TWO, Budget(cuts=1), attempts=2, quick=False),
+    "two-replicas": Scope(pair(replicate=True), ((2, 4), (2, 2)), Budget(cancels=1, failures=1), quick=False),
+    "failover-haste": Scope(TRIO, ((2, 4),), Budget(deaths=1, haste=1), attempts=2, quick=False),
 }
-
-# --- the world -------------------------------------------------------------------------------------------------------
-
-
-class Numbers:
-    """Values by number, so that a state is a tuple of small integers."""
-
-    def __init__(self) -> None:
-        self.values: list[Any] = []
-        self._numbers: dict[Hashable, int] = {}
-
-    def number(self, value: Hashable) -> int:
-        number = self._numbers.get(value)
-        if number is None:
-            number = self._numbers[value] = len(self.values)
-            self.values.append(value)
-        return number
-
-
-class Transfer(NamedTuple):
-    """A read. `fenced`: its source must stay as it is. `gone`: its source's process, or the way to it, is no more."""
-
-    reader: int
-    pull: int
-    plan: int  # number of a Reading
-    status: int
-    fenced: bool
-    gone: bool
-
-
-World = tuple[int, ...]
-Label = tuple[str, ...]
-Pages = tuple[tuple[int, ...], ...]  # of one worker: for each block, for each slot, whose KV it is (0: nobody's)
-
-
-class Space:
-    """All states of one scope: the first, and what can follow a state."""
-
-    def __init__(self, scope: Scope):
-        self.scope = scope
-        self.size = scope.cluster[0].block_size
-        self.texts = Texts(scope.requests, self.size, scope.shared)
-        self.front = front(RouterSpec(), scope.cluster, self.texts)
-        self.stations = [station(spec, self.texts) for spec in scope.cluster]
-        self.names = [spec.name for spec in scope.cluster]
-        self.index = {name: i for i, name in enumerate(self.names)}
-        ends = [ROUTER, *range(len(self.names))]
-        self.ways = [(a, b) for a in ends for b in ends if a != b]
-        self.way = {ends: i for i, ends in enumerate(self.ways)}
-        self.said = Numbers()  # messages
-        self.plans = Numbers()
-        self.pages = Numbers()
-        self.channels = Numbers()
-        self.reads = Numbers()
-        self.cuts = Numbers()
-        self.budgets = Numbers()
-        self.trying: Label = ()  # what is looked at just now
-
-    def first(self) -> World:
-        """Everybody is up, and all requests have come in."""
-        move = Move(self, None)
-        move.tell_router(Opening())
-        return move.pack()
-
-    def is_empty(self, world: World) -> bool:
-        """All is over, and nothing is held or on its way."""
-        move = Move(self, world)
-        homes = (state == DEAD or self.stations[i].seen[state].empty for i, state in enumerate(move.stations))
-        return not (any(move.channels) or move.reads or self.front.seen[move.router]) and all(homes)
-
-    def follow(self, world: World) -> Iterator[tuple[Label, bool, World]]:
-        """All that can happen next: what it is called, whether it must be able to happen, what comes of it."""
-        must = False
-        for label, needed, act in self._choices(world):
-            must |= needed
-            yield label, needed, self._after(world, act, label)
-        move = Move(self, world)
-        for i, state in enumerate(move.stations):
-            if state != DEAD and self.stations[i].seen[state].ticks and not self._beats(move, i):
-                label = ("early tick" if must else "tick", self.names[i])
-                if not must:
-                    yield label, True, self._after(world, lambda m, i=i: m.tell(i, Tick()), label)
-                elif move.budget.haste:
-                    yield label, False, self._after(world, lambda m, i=i: m.hasten(i), label)
-
-    def _after(self, world: World, act: Callable[["Move"], None], label: Label) -> World:
-        self.trying = label
-        move = Move(self, world)
-        act(move)
-        return move.pack()
-
-    def _beats(self, move: "Move", i: int) -> bool:
-        """A beat of this worker is on its way; another one says nothing new."""
-        return any(
-            isinstance(self.said.values[number], Beat)
-            for way, channel in zip(self.ways, move.channels, strict=True)
-            if way[0] == i
-            for number in channel
-        )
-
-    def _choices(self, world: World) -> Iterator[tuple[Label, bool, Callable[["Move"], None]]]:
-        move = Move(self, world)
-        yield from self._messages(move)
-        yield from self._transfers(move)
-        for i, state in enumerate(move.stations):
-            if state != DEAD and self.stations[i].seen[state].steps:
-                yield ("step", self.names[i]), True, lambda m, i=i: m.tell(i, Step())
-        yield from self._misfortunes(move)
-
-    def _messages(self, move: "Move") -> Iterator[tuple[Label, bool, Callable[["Move"], None]]]:
-        for way, channel in enumerate(move.channels):
-            if not channel:
-                continue
-            head = self.said.values[channel[0]]
-            told = (*(self.names[end] if end >= 0 else "router" for end in self.ways[way]), str(head))
-            yield ("deliver", *told), True, lambda m, w=way: m.deliver(w)
-            ends = [k for k, number in enumerate(channel) if isinstance(self.said.values[number], PeerLost | Lost)]
-            if ends and ends[0]:
-                yield ("cut short", *told), False, lambda m, w=way, k=ends[0]: m.cut_short(w, k)
-            if type(head).__name__ in self.scope.kinds:
-                if move.budget.doubles:
-                    yield ("double", *told), False, lambda m, w=way: m.double(w)
-                if move.budget.losses:
-                    yield ("lose", *told), False, lambda m, w=way: m.lose(w)
-
-    def _transfers(self, move: "Move") -> Iterator[tuple[Label, bool, Callable[["Move"], None]]]:
-        for k, read in enumerate(move.reads):
-            told = (self.names[read.reader], str(read.pull))
-            if read.status == GOING and not read.gone:
-                yield ("read", *told), True, lambda m, k=k: m.read(k)
-            if read.status == GOING and (read.gone or move.budget.failures):
-                yield ("fail", *told), read.gone, lambda m, k=k: m.fail(k)
-            if read.status != GOING:
-                yield ("settle", *told), True, lambda m, k=k: m.settle(k)
-            if read.status == CANCELLED and not read.gone:
-                yield ("late read", *told), False, lambda m, k=k: m.late(k)
-
-    def _misfortunes(self, move: "Move") -> Iterator[tuple[Label, bool, Callable[["Move"], None]]]:
-        budget = move.budget
-        if budget.cancels:
-            for request in self.front.seen[move.router]:
-                yield ("cancel", str(request)), False, lambda m, r=request: m.cancel(r)
-        for i, state in enumerate(move.stations):
-            if state != DEAD and budget.deaths:
-                yield ("die", self.names[i]), False, lambda m, i=i: m.die(i)
-            if state == DEAD and self.scope.revive and not self._mourned(move, i):
-                yield ("revive", self.names[i]), False, lambda m, i=i: m.revive(i)
-        for a in range(len(self.names)):
-            for b in range(a):
-                if (a, b) not in move.cuts and budget.cuts and DEAD not in (move.stations[a], move.stations[b]):
-                    yield ("cut", self.names[a], self.names[b]), False, lambda m, a=a, b=b: m.cut(a, b)
-                if (a, b) in move.cuts and not move.ends(a, b) and not move.ends(b, a):
-                    yield ("mend", self.names[a], self.names[b]), False, lambda m, a=a, b=b: m.mend(a, b)
-
-    def _mourned(self, move: "Move", i: int) -> bool:
-        """Somebody has still to hear of that death."""
-        return any(move.ends(i, other) for other in (ROUTER, *range(len(self.names))) if other != i)
-
-
-def named(order: Pull) -> set[tuple[int, int]]:
-    """What a read reads, as its source names it."""
-    return {(order.rid, block) for block in order.source}
-
-
-class Move:
-    """One event: what it does to a state. Made from one, it becomes the next."""
-
-    def __init__(self, space: Space, world: World | None):
-        self.space = space
-        n = len(space.names)
-        if world is None:
-            self.router = 0
-            self.stations = [0] * n
-            blank = [tuple((0,) * space.size for _ in range(spec.num_blocks)) for spec in space.scope.cluster]
-            self.pages: list[Pages] = list(blank)
-            self.channels: list[tuple[int, ...]] = [()] * len(space.ways)
-            self.reads: list[Transfer] = []
-            self.cuts: frozenset[tuple[int, int]] = frozenset()
-            self.budget = space.scope.budget
-            return
-        self.router = world[0]
-        self.stations = list(world[1 : 1 + n])
-        self.pages = [space.pages.values[number] for number in world[1 + n : 1 + 2 * n]]
-        self.channels = list(space.channels.values[world[-4]])
-        self.reads = list(space.reads.values[world[-3]])
-        self.cuts = space.cuts.values[world[-2]]
-        self.budget = space.budgets.values[world[-1]]
-
-    def pack(self) -> World:
-        """The state as it is now."""
-        space = self.space
-        return (
-            self.router,
-            *self.stations,
-            *(space.pages.number(pages) for pages in self.pages),
-            space.channels.number(tuple(self.channels)),
-            space.reads.number(tuple(sorted(self.reads))),
-            space.cuts.number(self.cuts),
-            space.budgets.number(self.budget),
-        )
-
-    # --- messages
-
-    def deliver(self, way: int) -> None:
-        """The next message of a channel arrives."""
-        number, *rest = self.channels[way]
-        self.channels[way] = tuple(rest)
-        self._hand_over(way, number)
-
-    def cut_short(self, way: int, count: int) -> None:
-        """The connection ended before these messages got through."""
-        self.channels[way] = self.channels[way][count:]
-
-    def double(self, way: int) -> None:
-        """The next message arrives, and will arrive again."""
-        self.budget = self.budget._replace(doubles=self.budget.doubles - 1)
-        self._hand_over(way, self.channels[way][0])
-
-    def lose(self, way: int) -> None:
-        """The next message never arrives, though the connection holds."""
-        self.budget = self.budget._replace(losses=self.budget.losses - 1)
-        self.channels[way] = self.channels[way][1:]
-
-    def _hand_over(self, way: int, number: int) -> None:
-        sender, receiver = self.space.ways[way]
-        event = self.space.said.values[number]
-        if receiver == ROUTER:
-            self.tell_router(event)
-        elif self.stations[receiver] != DEAD:
-            self.tell(receiver, event)
-
-    def post(self, sender: int, receiver: int, message: Any) -> None:
-        """Send something."""
-        way = self.space.way[sender, receiver]
-        self.channels[way] = (*self.channels[way], self.space.said.number(message))
-
-    def post_all(self, sent: tuple[tuple[str, Any], ...]) -> None:
-        """What the router sends; to a dead worker it is lost."""
-        for name, order in sent:
-            if self.stations[self.space.index[name]] != DEAD:
-                self.post(ROUTER, self.space.index[name], order)
-
-    def ends(self, sender: int, receiver: int) -> bool:
-        """The receiver has still to hear that the connection is over."""
-        channel = self.channels[self.space.way[sender, receiver]]
-        return any(isinstance(self.space.said.values[number], PeerLost | Lost) for number in channel)
-
-    def _send(self, sender: int, order: Any) -> None:
-        """To a peer: one that is gone, or that one is not connected to, is reported as lost, again if need be."""
-        peer = self.space.index[order.peer]
-        cut = (max(sender, peer), min(sender, peer)) in self.cuts
-        if self.stations[peer] != DEAD and not cut:
-            if isinstance(order, Offer):
-                return  # it changes nothing: whether and when it comes makes no difference
-            self.post(sender, peer, replace(order, peer=self.space.names[sender]))
-        elif not self.ends(peer, sender):
-            self.post(peer, sender, PeerLost(order.peer))
-
-    # --- the objects
-
-    def tell_router(self, event: Any) -> None:
-        """The router hears something."""
-        self.router, sent = self.space.front.react(self.router, event)
-        self.post_all(sent)
-
-    def tell(self, i: int, event: Any) -> None:
-        """A worker hears something, and what it orders is done."""
-        self.stations[i], reaction = self.space.stations[i].react(self.stations[i], event)
-        for access in reaction.over:
-            self._find(i, access, access.end, "has written")
-        reports = []
-        for order in reaction.orders:
-            match order:
-                case Run():
-                    pass
-                case Reading():
-                    self._start(i, order)
-                case CancelPull(pull=pull):
-                    self._stop(i, pull)
-                case Emit() | Finish():
-                    reports.append(order)
-                case _:
-                    self._send(i, order)
-        if reports:
-            self.post(i, ROUTER, Said(self.space.names[i], tuple(reports)))
-        self._hold_fences(i, event)
-        for access in reaction.begun:
-            self._begin(i, access)
-        self._forget(i)
-
-    def hasten(self, i: int) -> None:
-        """What a worker waits for until then comes too late."""
-        self.budget = self.budget._replace(haste=self.budget.haste - 1)
-        self.tell(i, Tick())
-
-    def _hold_fences(self, i: int, event: Any) -> None:
-        """What is read stays offered, unless a lease ended; what is written into stays fenced."""
-        glance = self.space.stations[i].seen[self.stations[i]]
-        for k, read in enumerate(self.reads):
-            order = self.space.plans.values[read.plan].order
-            if read.reader == i:
-                law(glance.fenced.issuperset(order.target), f"{self.space.names[i]} frees what {order} may write into")
-            elif read.fenced and self.space.index[order.peer] == i and not glance.offered.issuperset(named(order)):
-                over = isinstance(event, Tick | PeerLost)
-                law(over, f"{self.space.names[i]} frees what {order} reads, at {event}")
-                self.reads[k] = read._replace(fenced=False)
-
-    # --- steps and pages
-
-    def _begin(self, i: int, access: Access) -> None:
-        """A step reads what is there, and writes."""
-        self._find(i, access, access.num_tokens, "relies on")
-        fenced = {
-            block
-            for read in self.reads
-            for order in (self.space.plans.values[read.plan].order,)
-            for block in (order.target if read.reader == i else order.source if read.fenced else ())
-            if read.reader == i or self.space.index[order.peer] == i
-        }
-        pages = [list(page) for page in self.pages[i]]
-        for position in range(access.num_tokens, access.end):
-            block = access.table[position // self.space.size]
-            law(block not in fenced, f"{self.space.names[i]}: {access} writes {block}, which is being read")
-            pages[block][position % self.space.size] = self.space.texts.tag(access.rid, position)
-        self.pages[i] = tuple(map(tuple, pages))
-
-    def _find(self, i: int, access: Access, num_tokens: int, verb: str) -> None:
-        for position in range(num_tokens):
-            block = access.table[position // self.space.size]
-            found = self.pages[i][block][position % self.space.size]
-            wanted = self.space.texts.tag(access.rid, position)
-            if found != wanted:
-                name = self.space.names[i]
-                raise Violation(f"{name}: {access.rid} {verb} {wanted} at {position} and finds {found}")
-
-    def _write(self, i: int, blocks: tuple[int, ...], content: Any) -> None:
-        pages = list(self.pages[i])
-        for block, page in zip(blocks, content, strict=True):
-            pages[block] = page
-        self.pages[i] = tuple(pages)
-
-    def _spoil(self, read: Transfer) -> None:
-        """A read that is not wanted writes something until it has settled."""
-        target = self.space.plans.values[read.plan].order.target
-        self._write(read.reader, target, [(GARBAGE,) * self.space.size] * len(target))
-
-    def _forget(self, i: int) -> None:
-        """What was in a free block matters to nobody, unless somebody reads it all the same."""
-        free = self.space.stations[i].seen[self.stations[i]].free
-        touched: set[int] = set()
-        for read in self.reads:
-            order = self.space.plans.values[read.plan].order
-            touched.update(order.target if read.reader == i else order.source)
-        blank = tuple(block for block in free - touched if any(self.pages[i][block]))
-        self._write(i, blank, [(0,) * self.space.size] * len(blank))
-
-    # --- reads
-
-    def _start(self, i: int, reading: Reading) -> None:
-        order, space = reading.order, self.space
-        peer = space.index[order.peer]
-        law(all((read.reader, read.pull) != (i, order.pull) for read in self.reads), f"{order} again")
-        state = self.stations[peer]
-        gone = state == DEAD or (max(i, peer), min(i, peer)) in self.cuts
-        fenced = not gone and space.stations[peer].seen[state].offered.issuperset(named(order))
-        self.reads.append(Transfer(i, order.pull, space.plans.number(reading), GOING, fenced, gone))
-
-    def _stop(self, i: int, pull: int) -> None:
-        for k, read in enumerate(self.reads):
-            if (read.reader, read.pull) == (i, pull):
-                self.reads[k] = read._replace(status=FAILED if read.status == FAILED else CANCELLED)
-                self._spoil(read)
-
-    def read(self, k: int) -> None:
-        """The last byte lands, and checksums are compared."""
-        read = self.reads[k]
-        reading = self.space.plans.values[read.plan]
-        pages = self.pages[self.space.index[reading.order.peer]]
-        content = [pages[block] for block in reading.order.source]
-        whole = all(
-            page[: len(wanted)] == wanted for page, wanted in zip(content, reading.expected, strict=True)
-        )  # fmt: skip
-        law(whole or not read.fenced, f"{reading.order} found other KV")
-        self._write(read.reader, reading.order.target, content)
-        if whole:
-            del self.reads[k]
-            self.tell(read.reader, Read(read.pull, 1, 0.1))
-        else:
-            self._fail(k)
-
-    def fail(self, k: int) -> None:
-        """A read does not succeed."""
-        if not self.reads[k].gone:
-            self.budget = self.budget._replace(failures=self.budget.failures - 1)
-        self._fail(k)
-
-    def _fail(self, k: int) -> None:
-        read = self.reads[k] = self.reads[k]._replace(status=FAILED)
-        self._spoil(read)
-        self.tell(read.reader, ReadFailed(read.pull, "failed"))
-
-    def settle(self, k: int) -> None:
-        """Nothing of a read can land any more."""
-        read = self.reads[k]
-        self._spoil(read)
-        del self.reads[k]
-        self.tell(read.reader, Settled(read.pull))
-
-    def late(self, k: int) -> None:
-        """A read was complete before it heard that it should stop."""
-        read = self.reads.pop(k)
-        self.tell(read.reader, Read(read.pull, 1, 0.1))
-
-    # --- misfortunes
-
-    def cancel(self, request: int) -> None:
-        """A client leaves."""
-        self.budget = self.budget._replace(cancels=self.budget.cancels - 1)
-        self.tell_router(Gone(request))
-
-    def die(self, i: int) -> None:
-        """A worker's process is gone, and with it what it reads; everybody will hear so."""
-        space = self.space
-        self.budget = self.budget._replace(deaths=self.budget.deaths - 1)
-        self.stations[i] = DEAD
-        self.pages[i] = tuple((0,) * space.size for _ in self.pages[i])
-        self.reads = [read for read in self.reads if read.reader != i]
-        self._lose_sources({(other, i) for other in range(len(space.names))})
-        self.cuts = frozenset(cut for cut in self.cuts if i not in cut)
-        for way, (sender, receiver) in enumerate(space.ways):
-            if receiver == i:
-                self.channels[way] = ()
-            elif sender == i and receiver == ROUTER:
-                self.post(i, ROUTER, Lost(space.names[i]))
-            elif sender == i and self.stations[receiver] != DEAD and not self.ends(i, receiver):
-                self.post(i, receiver, PeerLost(space.names[i]))
-
-    def revive(self, i: int) -> None:
-        """A new process takes its place, and is connected to everybody."""
-        self.stations[i] = 0
-        spec = self.space.scope.cluster[i]
-        self.post(i, ROUTER, WorkerUp(spec.name, 0, spec.role, spec.num_blocks, spec.block_size))
-
-    def cut(self, a: int, b: int) -> None:
-        """The connection between two workers ends; both live."""
-        self.budget = self.budget._replace(cuts=self.budget.cuts - 1)
-        self.cuts |= {(a, b)}
-        self._lose_sources({(a, b), (b, a)})
-        for here, there in ((a, b), (b, a)):
-            if not self.ends(here, there):
-                self.post(here, there, PeerLost(self.space.names[here]))
-
-    def mend(self, a: int, b: int) -> None:
-        """They are connected again."""
-        self.cuts -= {(a, b)}
-
-    def _lose_sources(self, ways: set[tuple[int, int]]) -> None:
-        """These readers cannot read from these sources any more."""
-        for k, read in enumerate(self.reads):
-            if (read.reader, self.space.index[self.space.plans.values[read.plan].order.peer]) in ways:
-                self.reads[k] = read._replace(gone=True, fenced=False)
 
 
 # --- the search ------------------------------------------------------------------------------------------------------
@@ -666,11 +182,12 @@ class Search:
                 if not reached[number]:
                     reached[number] = 1
                     queue.append(number)
-        stuck = reached.find(0)
-        if stuck >= 0:
-            num_stuck = count - sum(reached)
-            self.result.broken = f"{num_stuck} states from which nothing leads to an end; the first: {self.show(stuck)}"
-            self.result.trace = self.trace(stuck)
+        stuck = [number for number in range(count) if not reached[number]]
+        if stuck:
+            goes_on = set(self.edges[::2])
+            worst = next((number for number in stuck if number not in goes_on), stuck[0])
+            self.result.broken = f"{len(stuck)} states from which nothing leads to an end; one has {self.show(worst)}"
+            self.result.trace = self.trace(worst)
 
     def trace(self, at: int) -> list[Label]:
         """What happened until that state."""
@@ -686,8 +203,6 @@ class Search:
 
     def show(self, at: int) -> str:
         """What is left in a state."""
-        from automata import leftovers
-
         move = Move(self.space, self.worlds[at])
         left: dict[str, Any] = {"requests": self.space.front.seen[move.router], "reads": move.reads}
         for i, state in enumerate(move.stations):
@@ -703,6 +218,7 @@ def explore(scope: Scope, limit: int = 10_000_000) -> Result:
 
 
 def main() -> None:
+    """Explore, and say what was seen."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--scope", action="append", choices=list(SCOPES))
     parser.add_argument("--limit", type=int, default=10_000_000, help="states at most")
@@ -714,7 +230,7 @@ def main() -> None:
     broken = 0
     for name in args.scope or [name for name, scope in SCOPES.items() if scope.quick]:
         result = explore(SCOPES[name], args.limit)
-        print(f"{name:12}{result}", flush=True)
+        print(f"{name:18}{result}", flush=True)
         if result.broken:
             broken += 1
             print("  BROKEN:", result.broken)
