@@ -77,7 +77,8 @@ SCOPES = {
     "tail-cut": Scope(pair(replicate=True), ((3, 3),), Budget(cuts=1), attempts=2),
     "failover": Scope(TRIO, ((3, 3),), Budget(deaths=1), attempts=2),
     # beyond what connections promise: a message comes twice, or never, though the connection holds
-    "twice": Scope(pair(replicate=True), ((2, 4),), Budget(cancels=1, doubles=1), kinds=REPEATABLE),
+    "twice": Scope(pair(num_blocks=4, replicate=True), ((2, 6),), Budget(doubles=1), kinds=REPEATABLE),
+    "twice-cancel": Scope(pair(replicate=True), ((2, 4),), Budget(cancels=1, doubles=1), kinds=REPEATABLE),
     "never": Scope(pair(replicate=True), ((2, 4),), Budget(cancels=1, losses=1), kinds=LOSABLE),
     # for a machine with time and memory
     "cancels": Scope(pair(), TWO, Budget(cancels=2, haste=1), quick=False),
