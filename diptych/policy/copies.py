@@ -16,7 +16,7 @@ from diptych.policy.sequence import Sequence
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Blocks that a peer may read, and until when. `end`: how many blocks of the sequence there are up to their last."""
+    """Blocks that a peer may read, and until when. `end`: so many blocks has the sequence up to the last of them."""
 
     peer: str
     blocks: tuple[int, ...]
