@@ -81,7 +81,7 @@ class Texts:
 
 # --- copying and comparing -------------------------------------------------------------------------------------------
 
-_ATOMS = (int, float, str, bytes, type(None), tuple, frozenset, Enum, type, FunctionType, MethodType, WorkerSpec, Texts)
+_ATOMS = (int, float, str, bytes, type(None), tuple, frozenset, Enum, type, FunctionType, WorkerSpec, Texts)
 _UNSEEN = {
     "spec", "times", "since", "spent", "num_preempted", "num_freed", "_next_step", "_lease_s", "_beat_s", "_pulls",
     "num", "_clock", "order", "last_token", "sampling", "_ports", "_journal", "_spec", "_times", "_edges",
@@ -114,6 +114,10 @@ def clone(thing: Any, known: dict[int, Any]) -> Any:
         return known[id(thing)]
     if kind is array:
         return thing[:]
+    if kind is set:
+        return set(thing)
+    if kind is MethodType:
+        return MethodType(thing.__func__, clone(thing.__self__, known))
     if kind in (dict, OrderedDict):
         known[id(thing)] = copy = kind()
         for key, value in thing.items():
@@ -135,6 +139,10 @@ def freeze(thing: Any, now: float, known: dict[int, int]) -> Any:
         return thing - now
     if kind is array:
         return bytes(thing)
+    if kind is set:
+        return frozenset(thing)
+    if kind is MethodType:
+        return None
     if kind is Ladder:
         return thing.at
     if kind is tuple:

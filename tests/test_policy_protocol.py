@@ -11,18 +11,29 @@ import pytest
 from automata import Station, Step, Texts, clone
 from explore import SCOPES, explore, spec
 
-from diptych.policy import router
 from diptych.policy.blocks import BlockPool, State
 from diptych.policy.copies import Copies
 from diptych.policy.keep import Keep, Kept
-from diptych.policy.messages import MAX_ATTEMPTS, Answer, CancelPull, Done, Place, Reason, Role, WorkerOrder
+from diptych.policy.messages import (
+    MAX_ATTEMPTS,
+    Answer,
+    CancelPull,
+    Done,
+    Place,
+    Reason,
+    Role,
+    WorkerEvent,
+    WorkerOrder,
+    attempt_id,
+)
+from diptych.policy.router import RequestView
 from diptych.policy.sequence import Sequence
 from diptych.policy.sink import Incoming, Sink
 from diptych.policy.source import Source
 from diptych.policy.worker import Worker
 
 Patch = tuple[Any, str, Any]
-forget, let_go, worker_let_go, ask = Sink.forget, Sink._let_go, Worker._let_go, Sink.ask
+forget, let_go, worker_let_go, hear = Sink.forget, Sink._let_go, Worker._let_go, Worker.on
 
 
 def free_at_once(pool: BlockPool, blocks: Iterable[int]) -> None:
@@ -45,14 +56,11 @@ def drop_at_once(sink: Sink, coming: Incoming, now: float, drop: bool) -> list[W
     return [*orders, *sink._count_down(coming.seq.rid)]
 
 
-def go_on_unasked(worker: Worker, now: float, pull: int) -> None:
-    coming = worker.sink.read(pull, now)
-    if coming is None:
-        worker._orders += worker.sink.settled(pull, now)
-    elif said := worker.sink.ask(coming):
-        worker._orders += said
-        coming.seq.keeper = coming.seq.peer
-        worker._accept(now, coming)
+def go_on_unasked(worker: Worker, now: float, event: WorkerEvent) -> list[WorkerOrder]:
+    orders = hear(worker, now, event)
+    for done in [order for order in orders if isinstance(order, Done)]:
+        orders += hear(worker, now, Answer(done.peer, done.rid, True))
+    return orders
 
 
 def say_ok_to_all(source: Source, event: Done) -> tuple[WorkerOrder, Sequence | None]:
@@ -90,6 +98,10 @@ def adopt_at_once(worker: Worker, now: float, place: Place) -> None:
             worker._end(now, seq, Reason.SUPERSEDED)
 
 
+def first_attempt(view: RequestView) -> int:
+    return attempt_id(view.submitted.request, 0)
+
+
 def nothing(*_: Any) -> list[WorkerOrder]:
     return []
 
@@ -98,8 +110,12 @@ FREES, STUCK = "frees what", "nothing leads to an end"
 MUTATIONS: dict[str, tuple[str, list[Patch], str]] = {
     "free on cancel": ("one", [(Sink, "_let_go", settle_at_cancel)], FREES),
     "no quarantine": ("one", [(BlockPool, "quarantine", free_at_once), (BlockPool, "settle", nothing)], FREES),
-    "no epoch": ("restart", [(router, "attempt_id", lambda request, attempt: request * MAX_ATTEMPTS)], "no step from"),
-    "decode without Answer": ("one", [(Worker, "_read", go_on_unasked)], "goes on with what it read"),
+    "no epoch": (
+        "restart",
+        [(RequestView, "rid", property(first_attempt))],
+        "no step from",
+    ),
+    "decode without Answer": ("one", [(Worker, "on", go_on_unasked)], "goes on with what it read"),
     "Done before the last read": (
         "parts",
         [(Incoming, "complete", property(lambda c: c.final and not c.broken))],
