@@ -111,9 +111,9 @@ def test_blocks_of_the_answer_are_read_back_and_found() -> None:
     assert isinstance(pull, Pull) and pull.purpose == Purpose.REPLICA and pull.source == (7,)
     assert stage.replicate(4, 9) == [], "one read at a time"
     replicated, second = stage.hears(Read(pull.pull, 1, 0.1))
-    assert replicated == Replicated("d", stage.rid, 1)
+    assert replicated == Replicated("d", stage.rid, 4), "three of the prompt, and this one"
     assert isinstance(second, Pull) and second.source == (9,)
-    assert stage.hears(Read(second.pull, 1, 0.1)) == [Replicated("d", stage.rid, 1)]
+    assert stage.hears(Read(second.pull, 1, 0.1)) == [Replicated("d", stage.rid, 5)]
     assert stage.counts == {"free": 11, "kept": 5}, "the block that was not full has given way"
     stage.hears(PeerLost("d"))
     assert computes(stage.hears(place(attempt_id(1, 1), 23, peer="e"))) == [(20, 3)]
@@ -194,9 +194,11 @@ def test_each_block_of_the_answer_is_offered_when_it_is_full() -> None:
     (replicate,) = [o for o in write(worker, 1) if isinstance(o, Replicate)]
     assert (replicate.first, replicate.hashes) == (3, (bytes([3]),))
     assert worker.pool.counts()["offered"] == 1
-    worker.on(0.0, Replicated("p", rid, 1))
+    worker.on(0.0, Replicated("p", rid, 4))
     assert worker.pool.counts()["offered"] == 0
     assert [o.first for o in write(worker, 4) if isinstance(o, Replicate)] == [4]
+    worker.on(0.0, Replicated("p", rid, 4))
+    assert worker.pool.counts()["offered"] == 1, "what is said twice frees nothing that may still be read"
     worker.on(0.0, Drop("p", rid))
     assert not [o for o in write(worker, 4) if isinstance(o, Replicate)], "the keeper wants no more"
 

@@ -16,10 +16,11 @@ from diptych.policy.sequence import Sequence
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Blocks that a peer may read, and until when."""
+    """Blocks that a peer may read, and until when. `end`: so many blocks has the sequence up to the last of them."""
 
     peer: str
     blocks: tuple[int, ...]
+    end: int
     until: float
 
 
@@ -55,18 +56,16 @@ class Copies:
         blocks = tuple(seq.blocks[first : seq.sealed])
         self._pool.share(blocks)
         self._pool.offer(blocks)
-        self._open.setdefault(seq.rid, deque()).append(Batch(seq.keeper, blocks, now + self._lease_s))
+        self._open.setdefault(seq.rid, deque()).append(Batch(seq.keeper, blocks, seq.sealed, now + self._lease_s))
         self._leases.append((now + self._lease_s, seq.rid))
         seq.copied = seq.sealed
         return [Replicate(seq.keeper, seq.rid, first, blocks, tuple(seq.hashes[first : seq.sealed]))]
 
     def copied(self, rid: int, num_blocks: int) -> None:
-        """The reader has the oldest so many blocks."""
+        """The reader has that many leading blocks of the sequence; said twice, it means the same."""
         batches = self._open.get(rid)
-        while batches and num_blocks > 0:
-            batch = batches.popleft()
-            num_blocks -= len(batch.blocks)
-            self._close(batch)
+        while batches and batches[0].end <= num_blocks:
+            self._close(batches.popleft())
         if batches is not None and not batches:
             del self._open[rid]
 

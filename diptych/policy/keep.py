@@ -172,7 +172,7 @@ class Keep:
         self._pool.release(reversed(reading.target))
         kept.hashes += reading.hashes
         kept.num_tokens = len(kept.hashes) * self._pool.block_size
-        return [Replicated(kept.peer, kept.rid, len(reading.target)), *self._read_on(kept)]
+        return [Replicated(kept.peer, kept.rid, len(kept.hashes)), *self._read_on(kept)]
 
     def failed(self, pull: int) -> list[WorkerOrder]:
         """A read failed: no more of this request is taken."""

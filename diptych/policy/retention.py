@@ -22,7 +22,7 @@ class Replicate:
 
 @dataclass(frozen=True, slots=True)
 class Replicated:
-    """Prefill side: I have the oldest `num_blocks` of what you asked me to replicate. (`Drop`: I want no more.)"""
+    """Prefill side: I have the leading `num_blocks` blocks of the sequence. (`Drop`: I want no more.)"""
 
     peer: str
     rid: int
