@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 
 MAX_HEADERS = 128
 MAX_HEADER_BYTES = 1 << 15
-QUIET = frozenset(("/health", "/metrics"))  # probes and scrapers: at every second a line, and none of them of interest
+QUIET = frozenset(("/health", "/metrics", "/workers"))  # probes and scrapers: lines by the second, and none of interest
 
 
 @dataclass(slots=True)
