@@ -142,7 +142,7 @@ def test_who_is_gone_for_good_is_called_no_more_and_its_successor_is_welcome(tmp
             await new.join(old)
             await old.close()
             await until(lambda: new.lost == ["a"])
-            new.peers.forget("a")
+            new.peers.forget("a", 0)
             await until(lambda: not new.peers._tasks)
             again = Worker("a", tmp_path, incarnation=1)
             await again.open()

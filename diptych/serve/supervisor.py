@@ -199,12 +199,12 @@ class Supervisor:
 
     def _plan_restart(self, child: Child, now: float, why: str) -> None:
         early = not child.up.exists() or now - child.started < SOON_S
-        child.failures = child.failures + 1 if early else 1
+        child.failures = child.failures + 1 if early else 0
         if child.failures > MAX_FAILURES:
             self.on_event(f"{why}, {child.failures} times in a row; it is given up")
             child.process = None
             return
-        wait_s = 0.1 * 2**child.failures
+        wait_s = 0.1 * 2**child.failures if child.failures else 0.0
         self.on_event(f"{why}; a new one starts in {wait_s:.1f} s")
         child.incarnation += 1
         child.restart_at = now + wait_s
