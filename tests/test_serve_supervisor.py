@@ -1,11 +1,15 @@
 """Which workers are started again, when, and which are not."""
 
+import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import pytest
+
 from diptych.config import load_cluster
+from diptych.errors import DiptychError
 from diptych.serve.supervisor import MAX_FAILURES, SOON_S, Child, Supervisor
 
 
@@ -64,3 +68,18 @@ def test_what_others_are_told_to_join(tmp_path: Path) -> None:
         assert address.startswith("127.0.0.1:") and int(address.split(":")[1]) > 0
         assert Path(key_file).stat().st_mode & 0o777 == 0o600 and Path(key_file).read_text().strip() == made.key
         assert made.key not in made.joining
+
+
+def test_a_router_that_hangs_is_noticed() -> None:
+    flags = {"engine": "paced", "kv_memory": "1MiB", "mixed": 1, "port": 0, "stuck": 2.0}
+    with Supervisor(load_cluster(None, flags)) as made:
+        made.wait_ready(30.0)
+        (router,) = [child for child in made.children if child.name == "router"]
+        assert router.process is not None
+        router.process.send_signal(signal.SIGSTOP)
+        deadline = time.monotonic() + 20.0
+        with pytest.raises(DiptychError, match="router is stuck: it showed no sign of life"):
+            while time.monotonic() < deadline:
+                made._check(restart=True)
+                time.sleep(0.05)
+        router.process.kill()

@@ -110,6 +110,7 @@ class RouterProcess:
             far = socket.socket(fileno=orders.fd)
             servers.append(await listen(far, orders.key, "router", self._called_from_afar))
         servers.append(await listen(orders.router, orders.key, "router", self._called))
+        self._spawn(process.show_life(orders))
         try:
             await self._watch()
         finally:

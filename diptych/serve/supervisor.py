@@ -1,8 +1,9 @@
 """Starts the processes of a cluster on this host, watches them, and stops them in order.
 
 A worker that ends is started again as a new incarnation, later each time it fails early, unless it was drained; the
-router and the API process are needed, so if one of them ends everything stops with a reason. Not responsible for other
-hosts: there a worker joins by address (`join.py`), and whoever started it watches it.
+router and the API process are needed, so if one of them ends, or hangs, everything stops with a reason. Not responsible
+for workers that hang (the router ends them) nor for other hosts: there a worker joins by address (`join.py`), and
+whoever started it watches it.
 """
 
 import contextlib
@@ -29,6 +30,7 @@ from diptych.config import Cluster
 from diptych.errors import ConfigError, DiptychError
 from diptych.journal import refuse_used
 from diptych.serve.channel import join_host, split_host
+from diptych.serve.liveness import Liveness
 from diptych.serve.process import Orders, settings_of
 
 START_S = 120.0  # how long a cluster may take to be ready (loading a large model)
@@ -47,6 +49,8 @@ class Child:
     module: str
     process: "subprocess.Popen[bytes] | None" = None
     up: Path = Path()  # a file that is there once this incarnation has been up
+    alive: Path = Path()  # a file that is touched as long as the event loop turns
+    touched: float = 0.0
     incarnation: int = 0
     started: float = 0.0
     failures: int = 0
@@ -60,6 +64,9 @@ class Supervisor:
     cluster: Cluster
     on_event: Callable[[str], None] = lambda text: None
     children: list[Child] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._liveness: Liveness[str] = Liveness(self.cluster.stuck_s)
 
     def __enter__(self) -> "Supervisor":
         if self.cluster.journal:
@@ -153,7 +160,7 @@ class Supervisor:
             host=self.cluster.address if others else None,
             bind=split_host(self.cluster.listen)[0] if self.cluster.listen else None,
         )  # fmt: skip
-        child.up = orders.up
+        child.up, child.alive = orders.up, orders.alive
         child.process = subprocess.Popen(
             [sys.executable, "-m", child.module],
             stdin=subprocess.PIPE,
@@ -181,6 +188,7 @@ class Supervisor:
     def _check(self, restart: bool) -> None:
         """Look at every child; restart workers that ended, if they may be, or raise DiptychError."""
         now = time.monotonic()
+        self._check_life(now)
         for child in self.children:
             if child.restart_at is not None:
                 if now >= child.restart_at:
@@ -196,6 +204,17 @@ class Supervisor:
             if not restart or child.name in ("router", "api"):
                 raise DiptychError(f"{why}; what it printed says why")
             self._plan_restart(child, now, why)
+
+    def _check_life(self, now: float) -> None:
+        """Whom nothing works without must not only be there; DiptychError where one hangs."""
+        for child in self.children:
+            with contextlib.suppress(FileNotFoundError):
+                touched = child.alive.stat().st_mtime if child.name in ("router", "api") else child.touched
+                if touched != child.touched:
+                    child.touched = touched
+                    self._liveness.heard(child.name)
+        for name, why in self._liveness.look(now):
+            raise DiptychError(f"{name} is stuck: {why}")
 
     def _plan_restart(self, child: Child, now: float, why: str) -> None:
         early = not child.up.exists() or now - child.started < SOON_S
