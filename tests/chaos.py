@@ -243,7 +243,8 @@ async def endure(supervisor: Supervisor, storm: Storm) -> Damage:
         asking = [asyncio.ensure_future(clients.one()) for _ in range(storm.clients)]
         raging = asyncio.ensure_future(Weather(supervisor, frontend, storm, damage).rage())
         await asyncio.wait({watching, raging, *asking}, return_when=asyncio.FIRST_COMPLETED)
-        assert raging.done(), [task for task in (watching, *asking) if task.done()]
+        if not raging.done():  # somebody else ended: say why
+            await next(task for task in (watching, *asking) if task.done())
         await raging
         clients.over = True
         await asyncio.wait_for(asyncio.gather(*asking), 60 + storm.deadline_s)

@@ -48,6 +48,19 @@ def test_one_that_was_up_for_long_starts_anew_however_often(tmp_path: Path) -> N
     assert child.incarnation == 3 * MAX_FAILURES
 
 
+def test_one_that_comes_up_and_soon_ends_waits_and_is_not_given_up(tmp_path: Path) -> None:
+    said: list[str] = []
+    made = supervisor(said)
+    child = ended(1, tmp_path, was_up=True, age_s=1.0)
+    waits_s = []
+    for _ in range(2 * MAX_FAILURES):
+        now = time.monotonic()
+        made._plan_restart(child, now, "d0 ended")
+        assert child.restart_at is not None
+        waits_s.append(round(child.restart_at - now, 3))
+    assert waits_s == [0.2, 0.4, 0.8] + [1.6] * 7
+
+
 def test_one_that_never_comes_up_is_given_up_however_long_it_tries(tmp_path: Path) -> None:
     """Loading takes a minute, and then it fails."""
     said: list[str] = []

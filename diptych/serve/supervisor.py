@@ -37,7 +37,8 @@ START_S = 120.0  # how long a cluster may take to be ready (loading a large mode
 STOP_S = 8.0  # how long a process may take to stop before it is killed
 DRAIN_S = 3.0  # how long workers may take to drain when everything stops; nobody asks anything any more
 SOON_S = 10.0  # a worker that ends before it was up, or within this long of its start, has failed
-MAX_FAILURES = 5  # failures in a row after which a worker is given up
+MAX_FAILURES = 5  # failures in a row after which a worker that does not come up is given up
+MOST_WAITED = 4  # failures in a row for which one that does come up is made to wait; it is never given up
 POLL_S = 0.1
 
 
@@ -217,8 +218,10 @@ class Supervisor:
             raise DiptychError(f"{name} is stuck: {why}")
 
     def _plan_restart(self, child: Child, now: float, why: str) -> None:
-        early = not child.up.exists() or now - child.started < SOON_S
-        child.failures = child.failures + 1 if early else 0
+        was_up = child.up.exists()
+        child.failures = 0 if was_up and now - child.started >= SOON_S else child.failures + 1
+        if was_up:
+            child.failures = min(child.failures, MOST_WAITED)
         if child.failures > MAX_FAILURES:
             self.on_event(f"{why}, {child.failures} times in a row; it is given up")
             child.process = None
