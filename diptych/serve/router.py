@@ -69,7 +69,7 @@ class Open:
     rid: int = -1
     began: bool = False  # the present attempt has written a token
     keeper: str = ""  # who computed its prompt for another and so keeps it; "" once that one is lost
-    kept: bool = False  # the present attempt went to who keeps it
+    kept: bool = False  # that one was still there when the present attempt was placed
     sequencer: Sequencer[tuple[str, bytes]] = field(default_factory=lambda: Sequencer(0))
 
     @property
@@ -216,7 +216,7 @@ class RouterDriver:
                 open_ = self._open[request_of(order.rid)]
                 open_.rid, open_.began, open_.sequencer = order.rid, False, Sequencer(open_.num_written)
                 if order.part != Role.DECODE:
-                    open_.kept = order.worker == open_.keeper
+                    open_.kept = bool(open_.keeper)
                     open_.keeper = order.worker if order.peer else ""
                 ticket = Ticket(open_.tokens.tobytes(), open_.num_prompt, open_.sampling, open_.root)
                 self._ports.send(order.worker, order, pack(ticket))
