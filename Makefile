@@ -8,7 +8,7 @@ PIP    := $(BIN)/pip install --quiet --disable-pip-version-check --constraint co
 ARGS   ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve test lint clients format clean
+.PHONY: help install serve test chaos lint clients format clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -29,6 +29,9 @@ serve: $(STAMP)  ## serve the bundled model with one prefill and one decode work
 
 test: $(STAMP)  ## run the whole suite
 	@$(BIN)/python -m pytest -q -ra --durations=10 $(ARGS)
+
+chaos: $(STAMP)  ## kill and stop workers under load, hundreds of times (about a quarter of an hour)
+	@PYTHONPATH=$(CURDIR) $(BIN)/python tests/chaos.py $(ARGS)
 
 lint: $(STAMP)  ## ruff (lint, format) and mypy
 	@failed=; for check in "ruff check" "ruff format --check" mypy; do \

@@ -93,6 +93,7 @@ class Cluster(msgspec.Struct, frozen=True, kw_only=True):
     cluster_key: str | None = None
     transport: Transport = "auto"
     drain_timeout_s: float = 300.0
+    stuck_s: float = 10.0  # how long a process may show no sign of life; 0: for ever
     tool_parser: ToolFormat | None = None  # how the model writes calls; None: as its chat template says
     log_format: LogFormat = "text"
     log_level: LogLevel = "info"
@@ -163,6 +164,7 @@ class _File(_Defaults, frozen=True, kw_only=True, forbid_unknown_fields=True):
     key_file: str | None = None
     transport: Transport = "auto"
     drain_timeout: float = 300.0  # seconds
+    stuck: float = 10.0  # seconds
     tool_parser: ToolFormat | None = None
     log_format: LogFormat = "text"
     log_level: LogLevel = "info"
@@ -210,6 +212,7 @@ def load_cluster(path: Path | None, flags: dict[str, Any]) -> Cluster:
         cluster_key=_key(file.cluster_key, file.key_file),
         transport=file.transport,
         drain_timeout_s=file.drain_timeout,
+        stuck_s=file.stuck,
         guest=_worker("guest", _Worker(role=Role.MIXED), file, ()),
         tool_parser=file.tool_parser,
         log_format=file.log_format,
@@ -366,3 +369,5 @@ def _check_door(file: _File) -> None:
         raise ConfigError(f"listen is {file.listen}: say with --address by which host name or address others reach it")
     if not file.drain_timeout >= 0:
         raise ConfigError(f"drain_timeout is {file.drain_timeout}; it is a number of seconds")
+    if not (file.stuck >= 2 or file.stuck == 0):
+        raise ConfigError(f"stuck is {file.stuck}; it is a number of seconds, at least 2, or 0: never")

@@ -142,7 +142,7 @@ def test_who_is_gone_for_good_is_called_no_more_and_its_successor_is_welcome(tmp
             await new.join(old)
             await old.close()
             await until(lambda: new.lost == ["a"])
-            new.peers.forget("a")
+            new.peers.forget("a", 0)
             await until(lambda: not new.peers._tasks)
             again = Worker("a", tmp_path, incarnation=1)
             await again.open()
@@ -152,6 +152,23 @@ def test_who_is_gone_for_good_is_called_no_more_and_its_successor_is_welcome(tmp
             await again.close()
             old.pool.close()
             again.pool.close()
+
+    asyncio.run(run())
+
+
+def test_who_hangs_is_hung_up_on(tmp_path: Path) -> None:
+    """Its connection still stands: the router's word ends it, and with it every wait; a late word about who was there
+    before does not concern its successor."""
+
+    async def run() -> None:
+        async with workers(tmp_path, "ab") as (old, new):
+            await old.join()
+            await new.join(old)
+            new.peers.forget("a", -1)
+            assert new.sees(old) and not new.lost
+            new.peers.forget("a", 0)
+            assert not new.sees(old) and new.lost == ["a"] and new.reports == [LinkDown("b", "a")]
+            await until(lambda: old.lost == ["b"] and not new.peers._tasks)
 
     asyncio.run(run())
 

@@ -182,9 +182,11 @@ async def serve(orders: process.Orders) -> None:
     listening = None if orders.fd is None else [socket.socket(fileno=orders.fd)]
     serving = asyncio.ensure_future(server.serve(listening))
     lost = asyncio.ensure_future(frontend.lost.wait())
+    living = asyncio.ensure_future(process.show_life(orders))
     with contextlib.suppress(asyncio.CancelledError):
         await asyncio.wait({serving, lost}, return_when=asyncio.FIRST_COMPLETED)
     lost.cancel()
+    living.cancel()
     server.should_exit = True  # without a router there is nothing to serve: the supervisor is to notice
     await serving
 

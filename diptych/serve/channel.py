@@ -25,6 +25,7 @@ from diptych.errors import PeerLost, ProtocolError
 from diptych.serve.wire import CODEC, NONCE_BYTES, Challenge, Hello, Welcome, called_proof, caller_proof
 
 _LENGTH = struct.Struct("<I")
+_CREDENTIALS = struct.Struct("3i")  # pid, uid, gid
 HANDSHAKE_S = 5.0  # a stranger who has not proved anything by then is hung up on
 SILENCE_S = 15  # TCP: idle for a third of it, then asked for an answer until it is over
 _MAX_STRANGERS = 256  # connections without a proof at a time
@@ -76,6 +77,12 @@ class Channel(asyncio.Protocol):
             self.flush()
             self._transport.close()
 
+    def drop(self, why: str) -> None:
+        """Hang up on somebody who may never read what was sent: nothing is waited for."""
+        self.why = why
+        if self._transport is not None:
+            self._transport.abort()
+
     def trust(self) -> None:
         """The other side proved who it is: frames may be of full size from now on, and take their time."""
         self._limit = journal.MAX_FRAME_BYTES
@@ -86,6 +93,14 @@ class Channel(asyncio.Protocol):
     def is_open(self) -> bool:
         """Neither side has hung up."""
         return self._transport is not None and not self._transport.is_closing()
+
+    @property
+    def pid(self) -> int:
+        """The process at the other end of a unix socket, as the kernel knows it; 0 where it is on another host."""
+        sock = self._transport.get_extra_info("socket") if self._transport is not None else None
+        if sock is None or sock.family != socket.AF_UNIX:
+            return 0
+        return int(_CREDENTIALS.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size))[0])
 
     @property
     def here(self) -> str:

@@ -33,6 +33,7 @@ class Link:
     name: str
     channel: Channel
     source: Peer
+    incarnation: int
 
 
 class Peers:
@@ -87,9 +88,12 @@ class Peers:
         self._meet_peer(channel)
         channel.say(self._card())
 
-    def forget(self, peer: str) -> None:
-        """The router says that it is gone: call it no more."""
+    def forget(self, peer: str, incarnation: int) -> None:
+        """The router says that it is gone: call it no more, and hang up, since one that is stuck does not."""
         self._called.pop(peer, None)
+        link = self._links.get(peer)
+        if link is not None and link.incarnation <= incarnation:  # else its successor has called already
+            self._unlink(link.channel, "the router gave it up")
 
     def close(self) -> None:
         """Hang up on everybody."""
@@ -167,7 +171,7 @@ class Peers:
         if not channel.is_open:  # it hung up meanwhile
             await source.close()
             return False
-        link = self._links[card.worker] = Link(card.worker, channel, source)
+        link = self._links[card.worker] = Link(card.worker, channel, source, card.incarnation)
         source.lost.add_done_callback(lambda reason: self._unlink(channel, reason.result()))
         if link.name in self._down:
             self._down.discard(link.name)
@@ -182,7 +186,7 @@ class Peers:
             return
         del self._links[link.name]
         log.info("peer %s is out of reach: %s", link.name, why)
-        channel.close(why)
+        channel.drop(why)
         self._spawn(link.source.close())
         self._down.add(link.name)
         if self._up:

@@ -21,6 +21,7 @@ import uvloop
 from diptych.config import Cluster
 from diptych.errors import DiptychError
 from diptych.serve import logs
+from diptych.serve.liveness import PULSE_S
 
 _PR_SET_PDEATHSIG = 1
 
@@ -50,6 +51,11 @@ class Orders(msgspec.Struct, frozen=True):
         return self.join or f"unix:{self.runtime}/router.sock"
 
     @property
+    def alive(self) -> Path:
+        """A file that the router and the API process touch as long as their event loops turn."""
+        return Path(self.runtime, f"{self.name}.alive")
+
+    @property
     def up(self) -> Path:
         """A file that a worker makes when it is up, for whoever started it."""
         return Path(self.runtime, f"{self.name}.{self.incarnation}.up")
@@ -76,6 +82,14 @@ def run(
     except DiptychError as error:
         print(f"diptych {orders.name}: {error}", file=sys.stderr, flush=True)
         os._exit(3)
+
+
+async def show_life(orders: Orders) -> None:
+    """Touch a file for the supervisor to see, until cancelled."""
+    while True:
+        with contextlib.suppress(OSError):
+            orders.alive.touch()
+        await asyncio.sleep(PULSE_S)
 
 
 def _die(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:

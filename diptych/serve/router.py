@@ -15,6 +15,7 @@ from diptych.engine.executor import Sampling
 from diptych.journal import Journal
 from diptych.policy.membership import Dismiss, Drain, Drained, LinkDown, LinkUp
 from diptych.policy.messages import (
+    MAX_ATTEMPTS,
     WELL,
     Cancel,
     Cancelled,
@@ -25,6 +26,7 @@ from diptych.policy.messages import (
     Progress,
     Reason,
     Reject,
+    Role,
     RouterEvent,
     RouterOrder,
     Submitted,
@@ -35,7 +37,7 @@ from diptych.policy.messages import (
 )
 from diptych.policy.router import Router
 from diptych.policy.sequencer import Sequencer
-from diptych.serve.wire import Deliver, Ticket, pack
+from diptych.serve.wire import Deliver, Ticket, pack, unpack_emit
 
 log = logging.getLogger(__name__)
 
@@ -66,12 +68,31 @@ class Open:
     root: bytes
     rid: int = -1
     began: bool = False  # the present attempt has written a token
+    keeper: str = ""  # who computed its prompt for another and so keeps it; "" once that one is lost
+    kept: bool = False  # that one was still there when the present attempt was placed
     sequencer: Sequencer[tuple[str, bytes]] = field(default_factory=lambda: Sequencer(0))
 
     @property
     def num_written(self) -> int:
         """Tokens of the answer that the client was sent."""
         return len(self.tokens) - self.num_prompt
+
+
+@dataclass(slots=True)
+class Resumed:
+    """What attempts that went on elsewhere had to compute again, in tokens."""
+
+    requests: int = 0
+    prompt_tokens: int = 0
+    written_tokens: int = 0
+    most_written: int = 0  # of one attempt
+
+    def add(self, prompt: int, written: int) -> None:
+        """Count one."""
+        self.requests += 1
+        self.prompt_tokens += prompt
+        self.written_tokens += written
+        self.most_written = max(self.most_written, written)
 
 
 class RouterDriver:
@@ -81,6 +102,7 @@ class RouterDriver:
         self.policy = policy
         self.last_token = clock()  # when something last moved
         self.num_broken = 0  # streams that a worker tried to continue at the wrong place; must stay 0
+        self.resumed = {"kept": Resumed(), "not kept": Resumed()}  # was who kept its KV still there?
         self._ports = ports
         self._clock = clock
         self._journal = journal
@@ -117,6 +139,8 @@ class RouterDriver:
     def worker_lost(self, worker: str) -> None:
         """A worker is gone."""
         emitted = tuple((open_.rid, open_.num_written) for open_ in self._open.values() if open_.rid >= 0)
+        for open_ in self._open.values():
+            open_.keeper = "" if open_.keeper == worker else open_.keeper
         self._decide(WorkerLost(worker, emitted))
 
     def told(self, event: LinkDown | LinkUp | Drain | Drained | Tick) -> None:
@@ -152,9 +176,16 @@ class RouterDriver:
         self.last_token = self._clock()
         open_.tokens.frombytes(attachment[:num_bytes])
         self._ports.deliver(open_.client, Deliver(request, count=message.count), attachment)
+        if message.rid % MAX_ATTEMPTS and len(attachment) > num_bytes:
+            self._note_resumed(open_, message.count, attachment)
         if not open_.began:
             open_.began = True
             self._decide(Progress(message.rid))
+
+    def _note_resumed(self, open_: Open, count: int, attachment: bytes) -> None:
+        again = unpack_emit(count, attachment)[1].again
+        if again is not None:
+            self.resumed["kept" if open_.kept else "not kept"].add(*again)
 
     def _break(self, worker: str, open_: Open, rid: int) -> None:
         """A worker said something that cannot be: the attempt is given up."""
@@ -184,6 +215,9 @@ class RouterDriver:
             case Place():
                 open_ = self._open[request_of(order.rid)]
                 open_.rid, open_.began, open_.sequencer = order.rid, False, Sequencer(open_.num_written)
+                if order.part != Role.DECODE:
+                    open_.kept = bool(open_.keeper)
+                    open_.keeper = order.worker if order.peer else ""
                 ticket = Ticket(open_.tokens.tobytes(), open_.num_prompt, open_.sampling, open_.root)
                 self._ports.send(order.worker, order, pack(ticket))
             case Cancel() | Drain():

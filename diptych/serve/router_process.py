@@ -26,6 +26,7 @@ from diptych.serve import process
 from diptych.serve.build import differences, facts_of
 from diptych.serve.channel import Channel, listen
 from diptych.serve.clock import Clock
+from diptych.serve.liveness import PULSE_S, Liveness, end
 from diptych.serve.router import RouterDriver
 from diptych.serve.wire import (
     Ask,
@@ -34,6 +35,7 @@ from diptych.serve.wire import (
     Gone,
     Hello,
     Meet,
+    Pulse,
     Ready,
     Refuse,
     Register,
@@ -94,6 +96,7 @@ class RouterProcess:
         self._driver = RouterDriver(Router(cluster.router), self, self._clock, self._journal)
         self._facts = facts_of(cluster, (*cluster.workers, cluster.guest)[0])
         self._workers: dict[str, Joined] = {}
+        self._liveness: Liveness[Channel] = Liveness(cluster.stuck_s)
         self._reports: dict[int, Callable[[bytes], None]] = {}
         self._numbers = itertools.count(1)
         self._timer: asyncio.TimerHandle | None = None
@@ -107,8 +110,9 @@ class RouterProcess:
             far = socket.socket(fileno=orders.fd)
             servers.append(await listen(far, orders.key, "router", self._called_from_afar))
         servers.append(await listen(orders.router, orders.key, "router", self._called))
+        self._spawn(process.show_life(orders))
         try:
-            await asyncio.get_running_loop().create_future()
+            await self._watch()
         finally:
             for server in servers:
                 server.close()
@@ -143,6 +147,7 @@ class RouterProcess:
 
     def _worker_called(self, channel: Channel) -> None:
         def heard(message: Any, attachment: memoryview) -> None:
+            self._liveness.heard(channel)
             match message:
                 case Emit() | Finish():
                     self._driver.heard(channel.name, message, attachment)
@@ -156,13 +161,28 @@ class RouterProcess:
                     self._ready(channel)
                 case LinkDown() | LinkUp() | Drain() | Drained():
                     self._told(channel, replace(message, worker=channel.name))
+                case Pulse(computing_s=computing_s):
+                    self._liveness.heard(channel, computing_s)
                 case Bye():
                     self._worker_lost(channel, "it was told to stop", logging.INFO)
                 case _:
                     raise ProtocolError(f"a worker does not say {type(message).__name__}")
 
-        channel.heard = heard
-        channel.lost = lambda why: self._worker_lost(channel, why)
+        def lost(why: str) -> None:
+            self._liveness.forget(channel)
+            self._worker_lost(channel, why)
+
+        channel.heard, channel.lost = heard, lost
+
+    async def _watch(self) -> None:
+        """Give up workers that hang: nothing waits for them any more, and of this host they end."""
+        while True:
+            await asyncio.sleep(PULSE_S)
+            for channel, why in self._liveness.look(time.monotonic()):
+                self._worker_lost(channel, f"it is stuck: {why}")
+                if pid := channel.pid:
+                    end(pid)
+                channel.drop(why)
 
     def _told(self, channel: Channel, event: LinkDown | LinkUp | Drain | Drained) -> None:
         """A worker says whom it can reach, or that it wants to leave."""
@@ -291,6 +311,7 @@ class RouterProcess:
             "last_token_s": round(token_s, 3),
             "last_progress_s": round(idle_s, 3),
             "broken_streams": self._driver.num_broken,
+            "resumed": self._driver.resumed,
             "totals": self._driver.policy.num,
             "workers": rows,
         }

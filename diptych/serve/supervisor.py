@@ -1,8 +1,9 @@
 """Starts the processes of a cluster on this host, watches them, and stops them in order.
 
 A worker that ends is started again as a new incarnation, later each time it fails early, unless it was drained; the
-router and the API process are needed, so if one of them ends everything stops with a reason. Not responsible for other
-hosts: there a worker joins by address (`join.py`), and whoever started it watches it.
+router and the API process are needed, so if one of them ends, or hangs, everything stops with a reason. Not responsible
+for workers that hang (the router ends them) nor for other hosts: there a worker joins by address (`join.py`), and
+whoever started it watches it.
 """
 
 import contextlib
@@ -29,13 +30,15 @@ from diptych.config import Cluster
 from diptych.errors import ConfigError, DiptychError
 from diptych.journal import refuse_used
 from diptych.serve.channel import join_host, split_host
+from diptych.serve.liveness import Liveness
 from diptych.serve.process import Orders, settings_of
 
 START_S = 120.0  # how long a cluster may take to be ready (loading a large model)
 STOP_S = 8.0  # how long a process may take to stop before it is killed
 DRAIN_S = 3.0  # how long workers may take to drain when everything stops; nobody asks anything any more
 SOON_S = 10.0  # a worker that ends before it was up, or within this long of its start, has failed
-MAX_FAILURES = 5  # failures in a row after which a worker is given up
+MAX_FAILURES = 5  # failures in a row after which a worker that does not come up is given up
+MOST_WAITED = 4  # failures in a row for which one that does come up is made to wait; it is never given up
 POLL_S = 0.1
 
 
@@ -47,6 +50,8 @@ class Child:
     module: str
     process: "subprocess.Popen[bytes] | None" = None
     up: Path = Path()  # a file that is there once this incarnation has been up
+    alive: Path = Path()  # a file that is touched as long as the event loop turns
+    touched: float = 0.0
     incarnation: int = 0
     started: float = 0.0
     failures: int = 0
@@ -60,6 +65,9 @@ class Supervisor:
     cluster: Cluster
     on_event: Callable[[str], None] = lambda text: None
     children: list[Child] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._liveness: Liveness[str] = Liveness(self.cluster.stuck_s)
 
     def __enter__(self) -> "Supervisor":
         if self.cluster.journal:
@@ -153,7 +161,7 @@ class Supervisor:
             host=self.cluster.address if others else None,
             bind=split_host(self.cluster.listen)[0] if self.cluster.listen else None,
         )  # fmt: skip
-        child.up = orders.up
+        child.up, child.alive = orders.up, orders.alive
         child.process = subprocess.Popen(
             [sys.executable, "-m", child.module],
             stdin=subprocess.PIPE,
@@ -181,6 +189,7 @@ class Supervisor:
     def _check(self, restart: bool) -> None:
         """Look at every child; restart workers that ended, if they may be, or raise DiptychError."""
         now = time.monotonic()
+        self._check_life(now)
         for child in self.children:
             if child.restart_at is not None:
                 if now >= child.restart_at:
@@ -197,14 +206,27 @@ class Supervisor:
                 raise DiptychError(f"{why}; what it printed says why")
             self._plan_restart(child, now, why)
 
+    def _check_life(self, now: float) -> None:
+        """Whom nothing works without must not only be there; DiptychError where one hangs."""
+        for child in self.children:
+            with contextlib.suppress(FileNotFoundError):
+                touched = child.alive.stat().st_mtime if child.name in ("router", "api") else child.touched
+                if touched != child.touched:
+                    child.touched = touched
+                    self._liveness.heard(child.name)
+        for name, why in self._liveness.look(now):
+            raise DiptychError(f"{name} is stuck: {why}")
+
     def _plan_restart(self, child: Child, now: float, why: str) -> None:
-        early = not child.up.exists() or now - child.started < SOON_S
-        child.failures = child.failures + 1 if early else 1
+        was_up = child.up.exists()
+        child.failures = 0 if was_up and now - child.started >= SOON_S else child.failures + 1
+        if was_up:
+            child.failures = min(child.failures, MOST_WAITED)
         if child.failures > MAX_FAILURES:
             self.on_event(f"{why}, {child.failures} times in a row; it is given up")
             child.process = None
             return
-        wait_s = 0.1 * 2**child.failures
+        wait_s = 0.1 * 2**child.failures if child.failures else 0.0
         self.on_event(f"{why}; a new one starts in {wait_s:.1f} s")
         child.incarnation += 1
         child.restart_at = now + wait_s

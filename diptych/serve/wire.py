@@ -150,12 +150,20 @@ class Retire:
 
 
 @dataclass(frozen=True, slots=True)
+class Pulse:
+    """A worker's event loop turns; its present step has been computed for so long (0: there is none)."""
+
+    computing_s: float
+
+
+@dataclass(frozen=True, slots=True)
 class Bye:
     """A worker that was told to stop is about to hang up."""
 
 
 _OWN_TYPES = (
     Challenge, Hello, Welcome, Terms, Refuse, Register, Meet, Ready, Gone, Submit, Deliver, Ask, Report, Retire, Bye,
+    Pulse,
 )  # fmt: skip
 CODEC = journal.POLICY.including(journal.Codec(_OWN_TYPES, first_code=64))
 
@@ -197,12 +205,15 @@ class Extra(msgspec.Struct, frozen=True, array_like=True):
 
     With the first token of an answer: how many `cached` prompt tokens the worker found, and `prompt`, the scores of
     the prompt from its second token on. With the end of a request that writes nothing: `cached`, and its `vector`.
+    With the first tokens of an attempt that goes on where another was lost, `again`: how many tokens of the prompt, and
+    of what was written, were computed once more.
     """
 
     cached: int = 0
     scores: tuple[Score, ...] = ()  # one for each token
     prompt: tuple[Score, ...] = ()
     vector: bytes = b""  # float32
+    again: tuple[int, int] | None = None
 
 
 NO_EXTRA = Extra()

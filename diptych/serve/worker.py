@@ -87,9 +87,11 @@ class Held:
     hashed: int  # leading full blocks whose hash policy knows
     parent: bytes  # the hash of the last of them
     checksums: "array[int]"  # of the peer's published blocks, in order
-    counts_cache: bool  # its prompt is computed here, and how much of it was found is not known yet
+    computes: bool  # its prompt is computed here
     num_known: int  # tokens when it was placed here
+    started: bool = False
     cached: int = 0
+    again: tuple[int, int] | None = None  # tokens of prompt and answer that it had to compute again; until emitted
     scores: dict[int, Score] = field(default_factory=dict)  # of tokens not emitted yet, by position
     prompt_scores: list[Score] = field(default_factory=list)  # until the first token is emitted
     vector: bytes = b""  # what came of a prompt after which nothing is written
@@ -102,6 +104,7 @@ class WorkerDriver:
         self.policy = policy
         self.num_steps = 0
         self._last_step: float | None = None  # when one was last done
+        self._computing: float | None = None  # since when the executor computes the oldest step in flight
         self.num_kv_bytes = self.num_transfers = self.num_failed = 0
         self.kv_seconds = 0.0
         self.resumed = dict.fromkeys(("requests", "prompt_tokens", "written_tokens"), 0)  # computed again, after a loss
@@ -139,6 +142,7 @@ class WorkerDriver:
         run = self._steps.pop(step)
         self.num_steps += 1
         self._last_step = self._clock()
+        self._computing = self._last_step if self._steps else None
         self._keep_scores(result)
         for rid, vector in result.vectors.items():
             if rid in self._held:
@@ -170,6 +174,8 @@ class WorkerDriver:
     def _do(self, order: WorkerOrder) -> None:
         match order:
             case Run():
+                if not self._steps:
+                    self._computing = self._clock()
                 self._steps[order.step] = order
                 self._note_cached(order)
                 self._ports.run(order)
@@ -205,17 +211,20 @@ class WorkerDriver:
         for piece in run.slices:
             if piece.admit:
                 held = self._held[piece.rid]
-                if held.counts_cache:
-                    held.cached = min(piece.start, held.num_prompt)
+                if not held.started:
+                    held.cached = min(piece.start, held.num_prompt) if held.computes else 0
                     self._note_resumed(held, piece.start)
-                held.counts_cache = False
+                held.started = True
 
     def _note_resumed(self, held: Held, start: int) -> None:
         """Count what an attempt that goes on elsewhere has to compute again. The last token is always computed."""
-        if held.num_known > held.num_prompt:
+        prompt = max(held.num_prompt - start, 0)
+        written = max(held.num_known - 1 - max(start, held.num_prompt), 0)
+        if held.num_known > held.num_prompt and (held.computes or prompt or written):
+            held.again = (prompt, written)
             self.resumed["requests"] += 1
-            self.resumed["prompt_tokens"] += max(held.num_prompt - start, 0)
-            self.resumed["written_tokens"] += max(held.num_known - 1 - max(start, held.num_prompt), 0)
+            self.resumed["prompt_tokens"] += prompt
+            self.resumed["written_tokens"] += written
 
     def _emitted(self, held: Held, order: Emit) -> bytes:
         """The attachment of an Emit: token ids, and what else is known of them."""
@@ -223,8 +232,9 @@ class WorkerDriver:
         places = range(start, start + order.count)
         ids = held.tokens[start : start + order.count].tobytes()
         scores = tuple(held.scores.pop(place) for place in places if place in held.scores)
+        again, held.again = held.again, None
         if order.first > 0:
-            return pack_emit(ids, Extra(0, scores))
+            return pack_emit(ids, Extra(0, scores, again=again))
         return pack_emit(ids, Extra(held.cached, scores, tuple(held.prompt_scores)))
 
     def _tell(self, order: ToPeer, attachment: bytes) -> None:
@@ -289,6 +299,10 @@ class WorkerDriver:
                 held.hashed += 1
                 filled.append((piece.rid, held.parent))
         return tuple(filled)
+
+    def computing_s(self) -> float:
+        """For how long the executor has been at its present step; 0 where there is none."""
+        return 0.0 if self._computing is None else self._clock() - self._computing
 
     def state(self) -> dict[str, Any]:
         """What `/workers` shows of this worker."""

@@ -42,8 +42,9 @@ from diptych.serve.build import Parts, build, facts_of
 from diptych.serve.channel import Channel, call, join_host, listen
 from diptych.serve.clock import Clock
 from diptych.serve.compute import ComputeThread
+from diptych.serve.liveness import PULSE_S
 from diptych.serve.peers import Peers
-from diptych.serve.wire import Ask, Bye, Gone, Hello, Meet, Ready, Refuse, Register, Report
+from diptych.serve.wire import Ask, Bye, Gone, Hello, Meet, Pulse, Ready, Refuse, Register, Report
 from diptych.serve.worker import ToPeer, WorkerDriver
 from diptych.transfer.reach import Transports
 from diptych.transfer.seam import Plan, Transfer, Transport
@@ -94,6 +95,7 @@ class WorkerProcess:
             self._orders.router, self._orders.key, replace(self._hello, kind="worker"), self._meet_router
         )
         self._router.say(self._card())
+        self._spawn(self._live())
         for number in (signal.SIGTERM, signal.SIGINT) if self._orders.join else (signal.SIGTERM,):
             self._loop.add_signal_handler(number, self._stop)
         gc.collect()
@@ -148,6 +150,12 @@ class WorkerProcess:
         self._on_event(f"draining for at most {timeout_s:g} s; once more, and it leaves at once")
         self._router.say(Drain(self._name, timeout_s))
 
+    async def _live(self) -> None:
+        """Let the router know that we get on."""
+        while True:
+            self._router.say(Pulse(self._driver.computing_s()))
+            await asyncio.sleep(PULSE_S)
+
     def _end(self, status: int, why: str) -> None:
         if not self._over.done():
             self._over.set_result((status, why))
@@ -164,8 +172,8 @@ class WorkerProcess:
                 self._on(message, attachment)
             case Meet():
                 self._spawn(self._meet(message))
-            case Gone(worker=worker):
-                self._peers.forget(worker)
+            case Gone(worker=worker, incarnation=incarnation):
+                self._peers.forget(worker, incarnation)
             case Ask(number=number):
                 state = self._driver.state() | {"pid": os.getpid(), "incarnation": self._orders.incarnation}
                 self._router.say(Report(number), msgspec.json.encode(state))
