@@ -1,8 +1,10 @@
 """One codec for events and orders: what goes over the wire and what is kept of a run are the same bytes.
 
 A message is a msgpack array `[code, field, field, ...]`; the code picks a typed decoder, so that what arrives is
-checked against the dataclass it claims to be before anybody sees it. A frame is a list of (message, attachment) pairs:
-the attachment is what policy must not see (token ids, checksums, sampling parameters).
+checked against the dataclass it claims to be before anybody sees it: types, and that no number is negative or beyond
+what arithmetic here is made for. Whether a message makes sense where it arrives is for the process that hears it. A
+frame is a list of (message, attachment) pairs: the attachment is what policy must not see (token ids, checksums,
+sampling parameters).
 
 A journal is one file (in segments) per policy object and incarnation: a header with the object's spec, then for every
 event the time, the event and the orders it led to. It is written by a thread through a bounded buffer; what did not fit
@@ -15,7 +17,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import msgspec
 
@@ -27,6 +29,8 @@ from diptych.policy.router import RouterSpec
 
 MAX_FRAME_BYTES = 64 << 20
 MAX_CODE = 0x7F
+MALFORMED = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
+"""What msgspec raises for bytes that are not what was expected, whoever wrote them."""
 _LENGTHS = struct.Struct("<II")
 _LENGTH = struct.Struct("<I")
 
@@ -70,6 +74,22 @@ _POLICY_TYPES: tuple[type, ...] = (
 """In the order of their codes: append only."""
 
 
+_Number = Annotated[int, msgspec.Meta(ge=0, lt=1 << 62)]
+_Rank = Annotated[int, msgspec.Meta(ge=-(1 << 31), lt=1 << 31)]
+_Amount = Annotated[float, msgspec.Meta(ge=0)]  # which not-a-number is not
+
+
+def _bounded(name: str, hint: Any) -> Any:
+    """A field's type, its numbers within bounds: all are ids, counts and durations, but for priorities."""
+    if hint is int:
+        return _Rank if name == "priority" else _Number
+    if hint is float:
+        return _Amount
+    if get_origin(hint) is tuple:
+        return tuple.__class_getitem__(tuple(_bounded("", each) for each in get_args(hint)))
+    return hint
+
+
 class Codec:
     """Messages to bytes and back, for a fixed list of dataclasses. `first_code` numbers the first of them."""
 
@@ -80,7 +100,7 @@ class Codec:
         for code, kind in enumerate(types, first_code):
             names = tuple(field.name for field in fields(kind))
             hints = get_type_hints(kind)
-            shape: Any = tuple.__class_getitem__((int, *(hints[name] for name in names)))
+            shape: Any = tuple.__class_getitem__((int, *(_bounded(name, hints[name]) for name in names)))
             self._code[kind] = (code, names)
             self._decode[code] = (kind, msgspec.msgpack.Decoder(shape))
 
@@ -101,7 +121,7 @@ class Codec:
         kind, decoder = self._kind_of(data)
         try:
             values = decoder.decode(data)
-        except msgspec.MsgspecError as error:
+        except MALFORMED as error:
             raise ProtocolError(f"malformed {kind.__name__}: {error}") from None
         return kind(*values[1:])
 
@@ -252,10 +272,15 @@ class Recording:
         decoder = msgspec.msgpack.Decoder(Entry)
         for segment in self.segments:
             for data in _records(segment):
-                entry = decoder.decode(data)
-                if entry.num_lost:
-                    raise ConfigError(f"{segment}: {entry.num_lost} events were lost here; it cannot be replayed")
-                yield entry.now, POLICY.decode(bytes(entry.event)), [POLICY.decode(bytes(o)) for o in entry.orders]
+                try:
+                    entry = decoder.decode(data)
+                    if entry.num_lost:
+                        raise ConfigError(f"{segment}: {entry.num_lost} events were lost here; it cannot be replayed")
+                    event = POLICY.decode(bytes(entry.event))
+                    orders = [POLICY.decode(bytes(order)) for order in entry.orders]
+                except (*MALFORMED, ProtocolError) as error:
+                    raise ConfigError(f"{segment}: damaged; it cannot be replayed: {error}") from error
+                yield entry.now, event, orders
 
 
 def refuse_used(folder: Path) -> None:
@@ -286,8 +311,11 @@ def _header(path: Path) -> Header:
     with path.open("rb") as file:
         if file.read(len(MAGIC)) != MAGIC:
             raise ConfigError(f"{path}: not a Diptych journal")
-        (size,) = _LENGTH.unpack(file.read(4))
-        return msgspec.msgpack.decode(file.read(size), type=Header)
+        try:
+            (size,) = _LENGTH.unpack(file.read(4))
+            return msgspec.msgpack.decode(file.read(size), type=Header)
+        except (*MALFORMED, struct.error, ConfigError) as error:
+            raise ConfigError(f"{path}: its header is damaged: {error}") from error
 
 
 def _records(path: Path) -> Iterator[bytes]:

@@ -38,7 +38,7 @@ class Worker:
         card = Register(name, incarnation, 1, "mixed", 4, 4, self.address, self.transport.describe())
         self.peers = Peers(
             Hello("peer", name, incarnation), KEY, self.transport, lambda: card,
-            lambda message, attachment: self.heard.append(message), self.lost.append, self.reports.append,
+            lambda peer, message, attachment: self.heard.append(message), self.lost.append, self.reports.append,
         )  # fmt: skip
 
     async def open(self) -> None:

@@ -6,13 +6,22 @@ decides nothing, and never sees a request's history beyond its tokens.
 """
 
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Annotated, Any, Literal, NamedTuple, Protocol
+
+from msgspec import Meta
 
 from diptych.policy.messages import Run
 from diptych.transfer.pool import Pool
 
 Pooling = Literal["", "last", "mean", "labels"]
 """What is wanted after a prompt: a token (""), its last or mean hidden state, or what a classifier says of it."""
+
+
+_Id = Annotated[int, Meta(ge=0, lt=1 << 31)]
+_Count = Annotated[int, Meta(ge=0, lt=1 << 62)]
+_Top = Annotated[int, Meta(ge=-1, le=100)]
+_Share = Annotated[float, Meta(ge=0.0, le=1.0)]
+_Shift = Annotated[float, Meta(ge=-100.0, le=100.0)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,22 +31,23 @@ class Sampling:
     temperature 0 is greedy. `top_k` 0, `top_p` 1.0, `min_p` 0.0 are off. `stop_ids` end the sequence and are not among
     the first `min_new` tokens; the executor reports such an end, the policy knows `max_new`.
     `repetition_penalty` (1.0 is off) looks at prompt and answer, the other two (0.0 is off) at the answer alone.
+    Whoever decodes one from a socket gets these ranges checked; that ids are the model's is for the receiver.
     """
 
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
+    temperature: Annotated[float, Meta(ge=0.0, le=100.0)] = 0.0
+    top_k: _Count = 0
+    top_p: _Share = 1.0
     seed: int = 0
-    stop_ids: tuple[int, ...] = ()
-    min_new: int = 0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    logit_bias: tuple[tuple[int, float], ...] = ()  # (token id, what is added to its logit), each id once
-    logprobs: int = -1  # report each new token's log-probability, and those of so many most likely ones; -1 is off
+    stop_ids: tuple[_Id, ...] = ()
+    min_new: _Count = 0
+    min_p: _Share = 0.0
+    repetition_penalty: Annotated[float, Meta(ge=0.01, le=100.0)] = 1.0
+    presence_penalty: _Shift = 0.0
+    frequency_penalty: _Shift = 0.0
+    logit_bias: tuple[tuple[_Id, _Shift], ...] = ()  # (token id, what is added to its logit), each id once
+    logprobs: _Top = -1  # report each new token's log-probability, and those of so many most likely ones; -1 is off
     grammar: str = ""  # what the answer must be, in llguidance's form; "" is anything
-    prompt_logprobs: int = -1  # the same for the tokens of the prompt that are computed
+    prompt_logprobs: _Top = -1  # the same for the tokens of the prompt that are computed
     pooling: Pooling = ""  # what is wanted after the prompt instead of a token
 
 

@@ -48,7 +48,8 @@ def filtered(row: Tensor, how: Sampling) -> Tensor:
     "The curious case of neural text degeneration", ICLR 2020) keeps the fewest of the most likely tokens that
     together reach p; ties go to lower ids.
     """
-    scaled = row.double() / how.temperature
+    row = row.double()
+    scaled = (row - row.max()) / how.temperature  # at most 0, so that no temperature is too low
     if how.min_p > 0:
         scaled = scaled.masked_fill(scaled < scaled.max() + math.log(how.min_p), float("-inf"))
     if 0 < how.top_k < len(row):
@@ -72,5 +73,6 @@ def _draw(probabilities: Tensor, u: float) -> int:
     cumulative = probabilities.cumsum(-1)
     total = cumulative[-1]
     token = int(torch.searchsorted(cumulative, u * total, right=True))
-    # u * total may round up to total: then it is the last token that has any probability.
-    return min(token, int(torch.searchsorted(cumulative, total)))
+    # u * total may round up to total: then it is the last token that has any probability. And a model whose logits are
+    # no numbers says something wrong, but a token.
+    return min(token, int(torch.searchsorted(cumulative, total)), len(cumulative) - 1)

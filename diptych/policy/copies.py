@@ -48,6 +48,11 @@ class Copies:
             self._leases.popleft()
         return self._leases[0][0] if self._leases else None
 
+    def reader(self, rid: int) -> str:
+        """The peer that may read blocks of an attempt; "" where none may."""
+        batches = self._open.get(rid)
+        return batches[0].peer if batches else ""
+
     def copy(self, seq: Sequence, now: float) -> list[Replicate]:
         """Offer the blocks that became full since the last time."""
         first = seq.copied

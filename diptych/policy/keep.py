@@ -85,6 +85,11 @@ class Keep:
             self._leases.popleft()
         return self._leases[0][0] if self._leases else None
 
+    def reader(self, rid: int) -> str:
+        """The decode side of an attempt that is kept; "" of any other."""
+        kept = self._kept.get(request_of(rid))
+        return kept.peer if kept is not None and kept.rid == rid else ""
+
     def take(self, seq: Sequence, now: float, orphan: bool) -> list[WorkerOrder]:
         """Keep what a sequence has computed; call it before its blocks are released. `orphan`: its peer is gone."""
         size = self._pool.block_size

@@ -47,7 +47,7 @@ class Receiver:
         coming = self._sink.published(event)
         if coming is None:
             if event.rid not in self._seqs:
-                self._sink.keep(event, now)
+                self._orders += self._sink.keep(event, now)
         elif coming.broken:
             self._orders += self._sink.give_up(coming, now)
             self._broken(now, coming)
@@ -91,8 +91,8 @@ class Receiver:
     def answered(self, now: float, event: Answer) -> None:
         """What the source says to Done: ours, or too late."""
         coming = self._sink.get(event.rid)
-        if coming is None:
-            return
+        if coming is None or (event.ok and not coming.asked):
+            return  # nobody asked
         if event.ok:
             coming.seq.keeper = event.peer
             self._accept(now, coming)

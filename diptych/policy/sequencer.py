@@ -29,6 +29,8 @@ class Sequencer(Generic[T]):
             return [(message, attached)]  # says nothing of tokens
         if _position(message) < self._next:
             raise ValueError(f"token {_position(message)} again, {self._next} is next")
+        if any(_position(waiting[0]) == _position(message) for waiting in self._ahead):
+            raise ValueError(f"token {_position(message)} twice, before {self._next} came")
         insort(self._ahead, (message, attached), key=lambda waiting: _position(waiting[0]))
         ready: list[tuple[Emit | Finish, T]] = []
         while self._ahead and _position(self._ahead[0][0]) in (self._next, inf):

@@ -17,6 +17,8 @@ from diptych.policy.ladder import TRANSFER, Ladder, Stage
 from diptych.policy.messages import Beat, CancelPull, Done, Drop, Publish, Pull, WorkerOrder
 from diptych.policy.sequence import Sequence
 
+MAX_EARLY = 1 << 14  # parts that peers may speak of before their Place comes
+
 
 @dataclass(slots=True)
 class Reading:
@@ -95,10 +97,11 @@ class Sink:
             self._next_beat = now + self._beat_s
         return self._early.pop(seq.rid, [])
 
-    def keep(self, event: Publish, now: float) -> None:
+    def keep(self, event: Publish, now: float) -> list[WorkerOrder]:
         """A peer may speak of a request before our own Place arrives; what nobody claims is declined in time."""
         self._early.setdefault(event.rid, []).append(event)
         self._early_until.append((now + self._lease_s, event.rid))
+        return self._decline_oldest() if len(self._early_until) > MAX_EARLY else []
 
     def ignore(self, rid: int) -> None:
         """What a peer said of it too early is of no interest any more."""
@@ -108,10 +111,13 @@ class Sink:
         """Tell the sources of what nobody claimed for a lease that nobody reads it."""
         orders: list[WorkerOrder] = []
         while self._early_until and self._early_until[0][0] <= now:
-            rid = self._early_until.popleft()[1]
-            unclaimed = self._early.pop(rid, [])
-            orders += [Drop(unclaimed[0].peer, rid)] if unclaimed else []
+            orders += self._decline_oldest()
         return orders
+
+    def _decline_oldest(self) -> list[WorkerOrder]:
+        rid = self._early_until.popleft()[1]
+        unclaimed = self._early.pop(rid, [])
+        return [Drop(unclaimed[0].peer, rid)] if unclaimed else []
 
     def published(self, event: Publish) -> Incoming | None:
         """More of a sequence is ready."""
@@ -119,8 +125,10 @@ class Sink:
         if coming is not None and not coming.final:
             coming.published += event.blocks
             coming.final = event.final
-            if len(coming.published) != self._pool.blocks_for(event.num_tokens):
-                coming.broken = True  # an earlier part came before our Place and was forgotten
+            known = coming.seq.num_tokens
+            whole = event.num_tokens == known if event.final else event.num_tokens <= known
+            if not whole or len(coming.published) != self._pool.blocks_for(event.num_tokens):
+                coming.broken = True  # an earlier part came before our Place and was forgotten; or it is nonsense
         return coming
 
     def pledge(self, coming: Incoming) -> None:

@@ -43,6 +43,11 @@ class Source:
         """When the next lease may end."""
         return self._leases[0][0] if self._leases else None
 
+    def reader(self, rid: int) -> str:
+        """The peer that may read it; "" where none may."""
+        offer = self._offers.get(rid)
+        return offer.seq.peer if offer is not None else ""
+
     def open(self, seq: Sequence) -> Offer:
         """Promise the sequence's KV to its peer."""
         self._offers[seq.rid] = OpenOffer(seq)

@@ -154,6 +154,11 @@ class Worker:
         """Why no step is being computed: "" while one is, "no work", or what is waited for."""
         return "" if self._steps else "memory" if self.claims else "a peer" if self.seqs else "no work"
 
+    def partner(self, rid: int) -> str:
+        """The peer that an attempt is shared with here: nobody else has a say in it. "" where none is known."""
+        seq = self.seqs.get(rid)
+        return (seq.peer if seq else "") or self.source.reader(rid) or self.keep.reader(rid) or self.copies.reader(rid)
+
     # --- coming in -----------------------------------------------------------------------------------------------
 
     def _place(self, now: float, place: Place) -> None:

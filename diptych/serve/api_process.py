@@ -157,7 +157,13 @@ class RouterFrontend:
         if stream is not None:
             reason = Reason(message.reason) if message.reason else None
             error = (message.status, message.why) if message.status else None
-            tokens, extra = unpack_emit(message.count, attachment)
+            try:
+                tokens, extra = unpack_emit(message.count, attachment)
+            except ProtocolError as why:  # the router passes on what workers say beside their tokens: one answer's end
+                log.error("an answer cannot be read: %s", why)
+                stream.put(Chunk([], None, (500, "a worker said something that is not in the protocol")))
+                self.cancel(message.request)
+                return
             stream.put(Chunk(tokens, reason, error, extra.cached, extra.scores, extra.prompt, extra.vector))
 
     def _lost(self, why: str) -> None:

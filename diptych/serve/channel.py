@@ -224,7 +224,7 @@ async def call(
         for channel in channels:
             channel.close()
         raise PeerLost(f"{address} did not answer within {timeout_s:g} s") from None
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError: a NUL in a path, a name that no host can have
         raise PeerLost(f"{address} cannot be reached: {error}") from error
 
 

@@ -37,7 +37,7 @@ class Link:
 
 
 class Peers:
-    """All peers of one worker. `heard(message, attachment)` gets what they say, `lost(peer)` who is out of reach.
+    """All peers of one worker. `heard(peer, message, attachment)` gets what they say, `lost(peer)` who is out of reach.
 
     `report` takes to the router whom we can reach, once we are `up`.
     """
@@ -48,7 +48,7 @@ class Peers:
         key: str,
         transport: Transport,
         card: Callable[[], Register],
-        heard: Callable[[Any, memoryview], None],
+        heard: Callable[[str, Any, memoryview], None],
         lost: Callable[[str], None],
         report: Callable[[LinkDown | LinkUp], None],
     ):
@@ -130,7 +130,7 @@ class Peers:
 
     def _meet_peer(self, channel: Channel, ready: "asyncio.Future[None] | None" = None) -> None:
         """Both sides send their card, connect to the other's blocks and then say Ready; `ready` is set on both."""
-        state = {"linked": False, "ready": False}
+        state = {"met": False, "linked": False, "ready": False}
 
         def step(key: str) -> None:
             state[key] = True
@@ -144,12 +144,13 @@ class Peers:
 
         def heard(message: Any, attachment: memoryview) -> None:
             match message:
-                case Register() if message.worker == channel.name:
+                case Register() if message.worker == channel.name and not state["met"]:
+                    state["met"] = True
                     self._spawn(link(message))
                 case Ready():
                     step("ready")
                 case _ if isinstance(message, _FROM_PEERS):
-                    self._heard(message, attachment)
+                    self._heard(channel.name, message, attachment)
                 case _:
                     raise ProtocolError(f"a peer does not say {type(message).__name__}")
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from diptych.engine.executor import Sampling
+from diptych.errors import ProtocolError
 from diptych.journal import Journal
 from diptych.policy.membership import Dismiss, Drain, Drained, LinkDown, LinkUp
 from diptych.policy.messages import (
@@ -37,7 +38,7 @@ from diptych.policy.messages import (
 )
 from diptych.policy.router import Router
 from diptych.policy.sequencer import Sequencer
-from diptych.serve.wire import Deliver, Ticket, pack, unpack_emit
+from diptych.serve.wire import Deliver, Ticket, check_ids, pack, unpack_emit, unpack_ids
 
 log = logging.getLogger(__name__)
 
@@ -64,9 +65,11 @@ class Open:
     client: Any
     tokens: "array[int]"  # prompt, then what was written
     num_prompt: int
+    max_new: int
     sampling: Sampling
     root: bytes
     rid: int = -1
+    holders: tuple[str, ...] = ()  # the workers that the present attempt was given to
     began: bool = False  # the present attempt has written a token
     keeper: str = ""  # who computed its prompt for another and so keeps it; "" once that one is lost
     kept: bool = False  # that one was still there when the present attempt was placed
@@ -98,8 +101,16 @@ class Resumed:
 class RouterDriver:
     """Drives one policy object. All calls come from one thread."""
 
-    def __init__(self, policy: Router, ports: Ports, clock: Callable[[], float], journal: Journal | None):
+    def __init__(
+        self,
+        policy: Router,
+        ports: Ports,
+        clock: Callable[[], float],
+        journal: Journal | None,
+        vocab_size: int = 1 << 31,
+    ):
         self.policy = policy
+        self._vocab_size = vocab_size
         self.last_token = clock()  # when something last moved
         self.num_broken = 0  # streams that a worker tried to continue at the wrong place; must stay 0
         self.resumed = {"kept": Resumed(), "not kept": Resumed()}  # was who kept its KV still there?
@@ -119,7 +130,7 @@ class RouterDriver:
             self.last_token = self._clock()
         tokens = array("i")
         tokens.frombytes(ticket.tokens)
-        self._open[event.request] = Open(client, tokens, ticket.num_prompt, ticket.sampling, ticket.root)
+        self._open[event.request] = Open(client, tokens, ticket.num_prompt, event.max_new, ticket.sampling, ticket.root)
         self._decide(event)
 
     def cancel(self, request: int) -> None:
@@ -148,12 +159,16 @@ class RouterDriver:
         self._decide(event)
 
     def heard(self, worker: str, message: Emit | Finish, ids: bytes | memoryview) -> None:
-        """A worker speaks of an attempt; of attempts that are not the present one nothing is believed any more."""
+        """A worker speaks of an attempt; of attempts that are not the present one nothing is believed any more.
+
+        Raises ProtocolError, with nothing changed, where it says what no worker can have to say.
+        """
         request = request_of(message.rid)
         open_ = self._open.get(request)
         if open_ is None or open_.rid != message.rid:
             # Cancelled here already, or an old attempt; policy keeps its own books of Finish.
             return
+        self._check(worker, open_, message, ids)
         try:
             ready = open_.sequencer.take(message, (worker, bytes(ids)))
         except ValueError as error:
@@ -167,6 +182,17 @@ class RouterDriver:
                 self._emitted(speaker, request, open_, said, tokens)
             else:
                 self._finished(speaker, request, open_, said, tokens)
+
+    def _check(self, worker: str, open_: Open, message: Emit | Finish, ids: bytes | memoryview) -> None:
+        """Is it said by who was given the attempt, and possible? Tokens are the next worker's input."""
+        if worker not in open_.holders:
+            raise ProtocolError(f"attempt {message.rid} is not {worker}'s")
+        if isinstance(message, Emit):
+            if message.count < 1 or message.first + message.count > open_.max_new:
+                raise ProtocolError(f"tokens {message.first} and {message.count} more of an answer of {open_.max_new}")
+            check_ids(unpack_ids(ids[: 4 * message.count]), self._vocab_size)
+        elif message.worker != worker or (message.reason in WELL and not _ends(message.reason, open_.max_new)):
+            raise ProtocolError(f"{worker} says that {message.worker} ended with {message.reason}")
 
     def _emitted(self, worker: str, request: int, open_: Open, message: Emit, attachment: bytes) -> None:
         num_bytes = 4 * message.count  # what comes after the ids is for the client alone
@@ -214,7 +240,9 @@ class RouterDriver:
         match order:
             case Place():
                 open_ = self._open[request_of(order.rid)]
-                open_.rid, open_.began, open_.sequencer = order.rid, False, Sequencer(open_.num_written)
+                others = open_.holders if open_.rid == order.rid else ()
+                open_.rid, open_.holders = order.rid, (*others, order.worker)
+                open_.began, open_.sequencer = False, Sequencer(open_.num_written)
                 if order.part != Role.DECODE:
                     open_.kept = bool(open_.keeper)
                     open_.keeper = order.worker if order.peer else ""
@@ -227,3 +255,8 @@ class RouterDriver:
             case Reject(request=request, status=status, why=why):
                 open_ = self._open.pop(request)
                 self._ports.deliver(open_.client, Deliver(request, "", status, why), b"")
+
+
+def _ends(reason: Reason, max_new: int) -> bool:
+    """An answer can end for that reason: one that is written by its tokens, one that is not by its prompt."""
+    return (reason == Reason.COMPUTED) == (max_new == 0)

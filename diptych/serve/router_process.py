@@ -19,11 +19,12 @@ import msgspec
 
 from diptych.errors import ProtocolError
 from diptych.journal import Journal
+from diptych.policy.hashes import HASH_BYTES
 from diptych.policy.membership import Dismiss, Drain, Drained, LinkDown, LinkUp
 from diptych.policy.messages import Cancel, Cancelled, Emit, Finish, Place, Role, Submitted, Tick, WorkerUp
 from diptych.policy.router import Router
 from diptych.serve import process
-from diptych.serve.build import differences, facts_of
+from diptych.serve.build import cluster_card, differences, facts_of
 from diptych.serve.channel import Channel, listen
 from diptych.serve.clock import Clock
 from diptych.serve.liveness import PULSE_S, Liveness, end
@@ -43,6 +44,10 @@ from diptych.serve.wire import (
     Retire,
     Submit,
     Terms,
+    Ticket,
+    check_ids,
+    state_of,
+    unpack_ids,
     unpack_ticket,
 )  # fmt: skip
 
@@ -93,11 +98,12 @@ class RouterProcess:
             Journal(Path(cluster.journal), "router", orders.incarnation, cluster.router) if cluster.journal else None
         )
         self._clock = Clock()
-        self._driver = RouterDriver(Router(cluster.router), self, self._clock, self._journal)
+        self._card = cluster_card(cluster)
+        self._driver = RouterDriver(Router(cluster.router), self, self._clock, self._journal, self._card.vocab_size)
         self._facts = facts_of(cluster, (*cluster.workers, cluster.guest)[0])
         self._workers: dict[str, Joined] = {}
         self._liveness: Liveness[Channel] = Liveness(cluster.stuck_s)
-        self._reports: dict[int, Callable[[bytes], None]] = {}
+        self._reports: dict[tuple[str, int], Callable[[bytes], None]] = {}
         self._numbers = itertools.count(1)
         self._timer: asyncio.TimerHandle | None = None
         self._tasks: set[asyncio.Task[None]] = set()
@@ -152,7 +158,7 @@ class RouterProcess:
                 case Emit() | Finish():
                     self._driver.heard(channel.name, message, attachment)
                 case Report(number=number):
-                    answered = self._reports.pop(number, None)
+                    answered = self._reports.pop((channel.name, number), None)
                     if answered is not None:
                         answered(bytes(attachment))
                 case Register():
@@ -189,6 +195,8 @@ class RouterProcess:
         joined = self._workers.get(channel.name)
         if joined is None or joined.channel is not channel:
             return
+        if isinstance(event, LinkDown | LinkUp) and event.peer not in self._workers:
+            return  # nobody is placed with it, and it says itself whom it can reach when it comes
         if joined.up:
             self._tell(event)
         elif isinstance(event, Drain):
@@ -224,7 +232,8 @@ class RouterProcess:
 
     def _objection(self, channel: Channel, card: Register) -> str:
         """Why a worker cannot be part of this cluster, or ""."""
-        if card.worker != channel.name or card.role not in list(Role) or card.num_blocks < 1:
+        sizes = card.block_size == self._card.block_size and 1 <= card.num_blocks < 1 << 31
+        if card.worker != channel.name or card.role not in list(Role) or not sizes:
             return "its card makes no sense"
         return differences(self._facts, card.facts)
 
@@ -289,12 +298,22 @@ class RouterProcess:
 
     def _submit(self, client: Client, message: Submit, attachment: memoryview) -> None:
         ticket = unpack_ticket(attachment)
-        if message.request in client.ours or len(ticket.tokens) != 4 * message.num_prompt or message.num_prompt < 1:
+        if message.request in client.ours or not self._fits(message, ticket):
             raise ProtocolError("a Submit whose number or lengths are wrong")
+        check_ids(unpack_ids(ticket.tokens), self._card.vocab_size)
+        check_ids((token for token, _ in ticket.sampling.logit_bias), self._card.vocab_size)
+        check_ids(ticket.sampling.stop_ids, self._card.vocab_size)
         ours = next(self._numbers)
         client.enter(message.request, ours)
         event = Submitted(ours, message.num_prompt, message.max_new, message.hashes, message.priority)
         self._driver.submit(client, event, ticket)
+
+    def _fits(self, message: Submit, ticket: Ticket) -> bool:
+        """What is said of a prompt's lengths is true."""
+        full = message.num_prompt // self._card.block_size
+        hashes = all(len(digest) == HASH_BYTES for digest in (*message.hashes, ticket.root or bytes(HASH_BYTES)))
+        lengths = len(ticket.tokens) == 4 * message.num_prompt and ticket.num_prompt == message.num_prompt
+        return hashes and lengths and len(message.hashes) <= full and message.max_new < 1 << 31
 
     async def _report(self, channel: Channel, number: int) -> None:
         """Ask every worker how it is; one that does not answer in time is shown as silent."""
@@ -318,21 +337,23 @@ class RouterProcess:
         channel.say(Report(number), msgspec.json.encode(state))
 
     async def _ask(self, joined: Joined) -> dict[str, Any]:
-        number = next(self._numbers)
+        card, number = joined.card, next(self._numbers)
         answer: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
-        self._reports[number] = lambda data: None if answer.done() else answer.set_result(data)
-        card = joined.card
+        self._reports[card.worker, number] = lambda data: None if answer.done() else answer.set_result(data)
         row: dict[str, Any] = {"id": card.worker, "role": card.role, "pid": card.pid, "incarnation": card.incarnation}
         row["address"] = card.address
         joined.channel.say(Ask(number))
         try:
-            data = await asyncio.wait_for(answer, REPORT_S)
+            said = state_of(await asyncio.wait_for(answer, REPORT_S))
+        except ProtocolError as error:
+            joined.channel.close(f"it broke the protocol: {error}")
+            return row | {"state": "silent"}
         except TimeoutError:
-            self._reports.pop(number, None)
+            self._reports.pop((card.worker, number), None)
             return row | {"state": "silent"}
         draining = card.worker in self._driver.policy.drains
         state = "joining" if not joined.up else "draining" if draining else "up"
-        return row | {"state": state} | msgspec.json.decode(data, type=dict[str, Any])
+        return said | row | {"state": state}
 
     # --- the driver's ports --------------------------------------------------------------------------------------
 

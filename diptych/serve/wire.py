@@ -7,7 +7,9 @@ responsible for sockets (`channel.py`).
 
 import hmac
 from array import array
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import msgspec
 
@@ -216,8 +218,21 @@ class Extra(msgspec.Struct, frozen=True, array_like=True):
     again: tuple[int, int] | None = None
 
 
+class State(msgspec.Struct):
+    """What others count on in a worker's Report (JSON); it may say more."""
+
+    running: int = 0
+    waiting: int = 0
+    requests: int = 0
+    last_step_s: float | None = None
+    blocks: dict[str, int] = {}
+    kv: dict[str, float] = {}
+
+
+MAX_STATE_BYTES = 1 << 16
 NO_EXTRA = Extra()
 
+_STATE = msgspec.json.Decoder(State)
 _EXTRA = msgspec.msgpack.Decoder(Extra)
 _TICKET = msgspec.msgpack.Decoder(Ticket)
 
@@ -231,11 +246,22 @@ def unpack_ticket(data: bytes | memoryview) -> Ticket:
     """A Ticket; ProtocolError for anything else."""
     try:
         ticket = _TICKET.decode(data)
-    except msgspec.MsgspecError as error:
+    except journal.MALFORMED as error:
         raise ProtocolError(f"malformed ticket: {error}") from None
-    if len(ticket.tokens) % 4:
-        raise ProtocolError("a ticket's token ids are not whole int32 numbers")
+    if len(ticket.tokens) % 4 or not 1 <= ticket.num_prompt <= len(ticket.tokens) // 4:
+        raise ProtocolError("a ticket's token ids are not whole int32 numbers, or fewer than its prompt has")
     return ticket
+
+
+def state_of(data: bytes) -> dict[str, Any]:
+    """What a worker reports of itself; ProtocolError where it is not that."""
+    if len(data) > MAX_STATE_BYTES:
+        raise ProtocolError(f"a report of {len(data)} bytes")
+    try:
+        _STATE.decode(data)
+        return msgspec.json.decode(data, type=dict[str, Any])
+    except journal.MALFORMED as error:
+        raise ProtocolError(f"malformed report: {error}") from None
 
 
 def pack_ids(ids: list[int]) -> bytes:
@@ -256,9 +282,19 @@ def unpack_emit(count: int, data: bytes | memoryview) -> tuple[list[int], Extra]
     if len(data) == 4 * count:
         return ids, NO_EXTRA
     try:
-        return ids, _EXTRA.decode(data[4 * count :])
-    except msgspec.MsgspecError as error:
+        extra = _EXTRA.decode(data[4 * count :])
+    except journal.MALFORMED as error:
         raise ProtocolError(f"malformed extra: {error}") from None
+    if extra.cached < 0 or len(extra.vector) % 4 or not all(map(_is_score, (*extra.scores, *extra.prompt))):
+        raise ProtocolError("an extra whose numbers do not fit together")
+    if extra.scores and len(extra.scores) != count:
+        raise ProtocolError(f"{len(extra.scores)} scores for {count} tokens")
+    return ids, extra
+
+
+def _is_score(score: Score) -> bool:
+    """One number for each id, and an id at least."""
+    return len(score.ids) == len(score.values) and len(score.ids) > 0 and len(score.ids) % 4 == 0
 
 
 def unpack_ids(data: bytes | memoryview) -> list[int]:
@@ -268,6 +304,13 @@ def unpack_ids(data: bytes | memoryview) -> list[int]:
     ids = array("i")
     ids.frombytes(bytes(data))
     return ids.tolist()
+
+
+def check_ids(ids: Iterable[int], vocab_size: int) -> None:
+    """Raise ProtocolError where a token is none of the model's: an engine would read beyond its tables."""
+    for token in ids:
+        if not 0 <= token < vocab_size:
+            raise ProtocolError(f"token {token} is none of the {vocab_size} there are")
 
 
 def unpack_sums(data: bytes | memoryview, count: int) -> list[int]:

@@ -15,10 +15,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from diptych.engine.executor import Result, Sampling, Score
+from diptych.errors import ProtocolError
 from diptych.journal import Journal
-from diptych.policy.hashes import block_hashes, chain
+from diptych.policy.hashes import HASH_BYTES, block_hashes, chain
 from diptych.policy.membership import Drained
 from diptych.policy.messages import (
+    Beat,
     CancelPull,
     Emit,
     Finish,
@@ -39,9 +41,10 @@ from diptych.policy.messages import (
 )
 from diptych.policy.retention import Replicate
 from diptych.policy.worker import Worker
-from diptych.serve.wire import Extra, pack_emit, pack_ids, unpack_ids, unpack_sums, unpack_ticket
+from diptych.serve.wire import Extra, check_ids, pack_emit, pack_ids, unpack_ids, unpack_sums, unpack_ticket
 from diptych.transfer.seam import Plan
 
+MAX_BLOCKS = 1 << 31  # of a pool: they are counted in int32
 MAX_EARLY = 1024  # requests a peer may speak of before our own Place comes
 
 ToPeer = Handover | Retention
@@ -86,6 +89,7 @@ class Held:
     num_prompt: int
     hashed: int  # leading full blocks whose hash policy knows
     parent: bytes  # the hash of the last of them
+    expects: bool  # its KV comes from the peer, and the last of it has not been published
     checksums: "array[int]"  # of the peer's published blocks, in order
     computes: bool  # its prompt is computed here
     num_known: int  # tokens when it was placed here
@@ -100,8 +104,16 @@ class Held:
 class WorkerDriver:
     """Drives one policy object. All calls come from one thread."""
 
-    def __init__(self, policy: Worker, ports: Ports, clock: Callable[[], float], journal: Journal | None):
+    def __init__(
+        self,
+        policy: Worker,
+        ports: Ports,
+        clock: Callable[[], float],
+        journal: Journal | None,
+        vocab_size: int = 1 << 31,
+    ):
         self.policy = policy
+        self._vocab_size = vocab_size
         self.num_steps = 0
         self._last_step: float | None = None  # when one was last done
         self._computing: float | None = None  # since when the executor computes the oldest step in flight
@@ -115,6 +127,40 @@ class WorkerDriver:
         self._steps: dict[int, Run] = {}
         self._copied: dict[tuple[str, int], int] = {}  # checksums of blocks that peers let us replicate
         self._early: OrderedDict[int, list[bytes]] = OrderedDict()  # attachments of Publish that came before Place
+
+    def told(self, peer: str, event: ToPeer, attachment: bytes | memoryview = b"") -> None:
+        """A peer says something. Raises ProtocolError, with nothing changed, where that is none of its business."""
+        if event.peer != peer:
+            raise ProtocolError(f"{peer} speaks for {event.peer}")
+        for rid in event.rids if isinstance(event, Beat) else (event.rid,):
+            if self.policy.partner(rid) not in (peer, ""):
+                raise ProtocolError(f"attempt {rid} is shared with {self.policy.partner(rid)}, not with {peer}")
+        match event:
+            case Publish():
+                self._check_published(event, attachment)
+            case Replicate():
+                if [len(digest) for digest in event.hashes] != [HASH_BYTES] * len(event.blocks):
+                    raise ProtocolError(f"{len(event.blocks)} blocks, and not as many hashes")
+                _check_blocks(event.blocks)
+                unpack_sums(attachment, len(event.blocks))
+        self.on(event, attachment)
+
+    def _check_published(self, event: Publish, attachment: bytes | memoryview) -> None:
+        """A checksum for each block; with the last of them the first token."""
+        _check_blocks(event.blocks)
+        num_sums = 8 * len(event.blocks)
+        unpack_sums(attachment[:num_sums], len(event.blocks))
+        first = unpack_ids(attachment[num_sums:])
+        check_ids(first, self._vocab_size)
+        if len(first) != event.final:
+            raise ProtocolError(f"{len(first)} tokens with a Publish whose 'final' is {event.final}")
+        held = self._held.get(event.rid)
+        if held is not None:
+            if not held.expects:
+                raise ProtocolError(f"nothing of attempt {event.rid} is to be published here (any more)")
+            held.expects = not event.final
+        elif len(self._early.get(event.rid, ())) >= MAX_EARLY:
+            raise ProtocolError(f"attempt {event.rid} is not here, and {MAX_EARLY} parts of it are known")
 
     def on(self, event: WorkerEvent, attachment: bytes | memoryview = b"") -> None:
         """Take in an event: hand it to policy, and do what it orders."""
@@ -203,7 +249,8 @@ class WorkerDriver:
     def _expected(self, order: Pull) -> Iterable[int]:
         """The checksums of the blocks that are to be read."""
         if order.purpose == Purpose.REPLICA:
-            return [self._copied.pop((order.peer, block)) for block in order.source]
+            # 0: named twice, which a peer that knows its own blocks does not; what is read will not match.
+            return [self._copied.pop((order.peer, block), 0) for block in order.source]
         return self._held[order.rid].checksums[order.first : order.first + len(order.source)]
 
     def _note_cached(self, run: Run) -> None:
@@ -254,7 +301,7 @@ class WorkerDriver:
             place = replace(place, hashes=place.hashes + written)
         computes = place.part != Role.DECODE
         self._held[place.rid] = Held(
-            tokens, ticket.num_prompt, len(place.hashes), parent, array("Q"), computes, len(tokens)
+            tokens, ticket.num_prompt, len(place.hashes), parent, not computes, array("Q"), computes, len(tokens)
         )
         self._ports.admit(place.rid, tokens.tolist(), ticket.num_prompt, ticket.sampling)
         for early in self._early.pop(place.rid, []):
@@ -328,3 +375,9 @@ class WorkerDriver:
                 "failed": self.num_failed,
             },
         }
+
+
+def _check_blocks(blocks: tuple[int, ...]) -> None:
+    """Indices as a plan takes them; whether a pool has them is seen before a byte moves."""
+    if max(blocks, default=0) >= MAX_BLOCKS:
+        raise ProtocolError(f"block {max(blocks)} is in no pool")

@@ -66,12 +66,12 @@ class WorkerProcess:
         self._name = spec.name
         folder = orders.cluster.journal
         self._journal = Journal(Path(folder), spec.name, orders.incarnation, spec) if folder else None
-        self._driver = WorkerDriver(parts.policy, self, Clock(), self._journal)
+        self._driver = WorkerDriver(parts.policy, self, Clock(), self._journal, parts.card.vocab_size)
         self._compute = ComputeThread(parts.executor, spec.depth, self._ran)
         self._transport = kv_transport(orders)
         self._hello = Hello("peer", self._name, orders.incarnation)
         self._peers = Peers(
-            self._hello, orders.key, self._transport, self._card, self._on, lambda peer: self._on(PeerLost(peer)),
+            self._hello, orders.key, self._transport, self._card, self._told, lambda peer: self._on(PeerLost(peer)),
             lambda message: self._router.say(message),
         )  # fmt: skip
         self._reads: dict[int, Transfer] = {}
@@ -253,6 +253,10 @@ class WorkerProcess:
 
     def _on(self, event: Any, attachment: bytes | memoryview = b"") -> None:
         self._driver.on(event, attachment)
+        self._set_timer()
+
+    def _told(self, peer: str, event: Any, attachment: memoryview) -> None:
+        self._driver.told(peer, event, attachment)
         self._set_timer()
 
     def _ran(self, step: int, result: Any) -> None:

@@ -48,7 +48,7 @@ def decode(data: bytes, kind: str) -> Description:
         raise ProtocolError(f"a transport description of {len(data)} bytes; at most {MAX_BYTES} are allowed")
     try:
         description = msgspec.msgpack.decode(data, type=Description)
-    except (msgspec.MsgspecError, ConfigError, UnicodeDecodeError) as error:
+    except (msgspec.MsgspecError, ConfigError, UnicodeDecodeError, RecursionError) as error:
         raise ProtocolError(f"not a transport description: {error}") from error
     if description.kind != kind:
         raise ProtocolError(f"worker {description.worker} offers {description.kind!r} transport, this is {kind!r}")

@@ -144,5 +144,5 @@ def _decode(data: bytes) -> Offer:
         raise ProtocolError(f"a transport description of {len(data)} bytes")
     try:
         return msgspec.msgpack.decode(data, type=Offer)
-    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise ProtocolError(f"not a transport description: {error}") from error

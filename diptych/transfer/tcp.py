@@ -90,7 +90,7 @@ class TcpTransport:
                 sock.close()
             if isinstance(error, TimeoutError):
                 raise PeerLost(f"{name} did not answer within {timeout_s:g} s") from error
-            if isinstance(error, OSError):
+            if isinstance(error, OSError | ValueError):  # ValueError: a name that no host can have
                 raise PeerLost(f"{name} cannot be reached at {said.host}:{said.port}: {error}") from error
             raise
         return self._meet(name, said, *socks)
