@@ -25,6 +25,7 @@ import msgspec
 
 from diptych.engine.paced import PacedModel
 from diptych.errors import ConfigError
+from diptych.linkrates import LinkRates, LinkRule, parse_rate
 from diptych.policy.batching import WorkerSpec
 from diptych.policy.messages import Role
 from diptych.policy.router import RouterSpec
@@ -39,6 +40,7 @@ _WILDCARDS = ("0.0.0.0", "[::]")
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 Transport = Literal["auto", "shm", "tcp"]
+KvCodec = Literal["raw", "int8", "auto"]
 LogFormat = Literal["text", "json"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 ToolFormat = Literal["hermes", "llama3", "none"]
@@ -90,6 +92,8 @@ class Cluster(msgspec.Struct, frozen=True, kw_only=True):
     address: str | None = None  # the host by which workers elsewhere call those of this host
     cluster_key: str | None = None
     transport: Transport = "auto"
+    codec: KvCodec = "raw"
+    links: LinkRates = LinkRates()  # how slow the links between workers are made
     drain_timeout_s: float = 300.0
     tool_parser: ToolFormat | None = None  # how the model writes calls; None: as its chat template says
     log_format: LogFormat = "text"
@@ -146,6 +150,15 @@ class _Router(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     disaggregate_above: int = 256
 
 
+class _Link(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    rate: str | float
+    one: str = msgspec.field(name="from", default="")
+    other: str = msgspec.field(name="to", default="")
+
+    def rule(self) -> LinkRule:
+        return LinkRule(self.one, self.other, parse_rate(self.rate))
+
+
 class _File(_Defaults, frozen=True, kw_only=True, forbid_unknown_fields=True):
     worker: list[_Worker] = []
     model: str = "demo"
@@ -159,6 +172,8 @@ class _File(_Defaults, frozen=True, kw_only=True, forbid_unknown_fields=True):
     cluster_key: str | None = None
     key_file: str | None = None
     transport: Transport = "auto"
+    codec: KvCodec = "raw"
+    link: str | float | list[_Link] | None = None
     drain_timeout: float = 300.0  # seconds
     tool_parser: ToolFormat | None = None
     log_format: LogFormat = "text"
@@ -206,6 +221,8 @@ def load_cluster(path: Path | None, flags: dict[str, Any]) -> Cluster:
         address=file.address or (file.listen.rpartition(":")[0].strip("[]") if file.listen else None),
         cluster_key=_key(file.cluster_key, file.key_file),
         transport=file.transport,
+        codec=file.codec,
+        links=_links(file, workers),
         drain_timeout_s=file.drain_timeout,
         guest=_worker("guest", _Worker(role=Role.MIXED), file, ()),
         tool_parser=file.tool_parser,
@@ -352,6 +369,17 @@ def _check(workers: tuple[WorkerConfig, ...], others_join: bool) -> None:
     for key in ("block_size", "dtype"):
         if len({getattr(worker, key) for worker in workers}) > 1:
             raise ConfigError(f"all workers of a cluster need the same {key}: their KV has to fit together")
+
+
+def _links(file: _File, workers: tuple[WorkerConfig, ...]) -> LinkRates:
+    """How slow links are made: one rate for all, or rules, of which the last that is about a pair counts."""
+    if not isinstance(file.link, list):
+        return LinkRates(None if file.link is None else parse_rate(file.link))
+    known = {worker.name for worker in workers} | {""}
+    for name in (name for link in file.link for name in (link.one, link.other)):
+        if name not in known and file.listen is None:
+            raise ConfigError(f"[[link]] names {name!r}, and there is no such worker")
+    return LinkRates(None, tuple(link.rule() for link in file.link))
 
 
 def _check_door(file: _File) -> None:

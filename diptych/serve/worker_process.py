@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from diptych.engine.executor import Sampling
 from diptych.errors import ProtocolError, TransferError
 from diptych.journal import Journal
+from diptych.linkrates import LinkRates
 from diptych.policy.membership import Dismiss, Drain, Drained
 from diptych.policy.messages import (
     Cancel,
@@ -45,6 +46,7 @@ from diptych.serve.compute import ComputeThread
 from diptych.serve.peers import Peers
 from diptych.serve.wire import Ask, Bye, Gone, Hello, Meet, Ready, Refuse, Register, Report
 from diptych.serve.worker import ToPeer, WorkerDriver
+from diptych.transfer.emulated import EmulatedTransport
 from diptych.transfer.reach import Transports
 from diptych.transfer.seam import Plan, Transfer, Transport
 
@@ -217,6 +219,7 @@ class WorkerProcess:
             self._loop.call_soon(self._on, ReadFailed(order.pull, f"no connection to {order.peer}"))
             self._loop.call_soon(self._on, Settled(order.pull))
             return
+        plan = replace(plan, codec=self._orders.cluster.codec)
         self._reads[order.pull] = link.source.read(plan, READ_DEADLINE_S)
         self._spawn(self._finish_read(order.pull))
 
@@ -274,7 +277,16 @@ class WorkerProcess:
 
 
 def kv_transport(orders: process.Orders) -> Transport:
-    """What carries KV from and to this worker: shared memory on this host, TCP where there may be others."""
+    """What carries KV from and to this worker: shared memory on this host, TCP where there may be others.
+
+    As fast as it goes, unless links were asked for.
+    """
+    links, name = orders.cluster.links, orders.name
+    ways = _ways(orders)
+    return EmulatedTransport(ways, lambda peer: links.of(peer, name)) if links != LinkRates() else ways
+
+
+def _ways(orders: process.Orders) -> Transports:
     transport = orders.cluster.transport
     host = orders.host or ("127.0.0.1" if transport == "tcp" else None)
     return Transports(
