@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from diptych.engine.executor import Sampling
 from diptych.journal import Journal
-from diptych.policy.membership import Dismiss, Drain, Drained, LinkDown, LinkUp
+from diptych.policy.membership import Dismiss, Drain, Drained, LinkDown, LinkMeasured, LinkUp
 from diptych.policy.messages import (
     WELL,
     Cancel,
@@ -119,7 +119,7 @@ class RouterDriver:
         emitted = tuple((open_.rid, open_.num_written) for open_ in self._open.values() if open_.rid >= 0)
         self._decide(WorkerLost(worker, emitted))
 
-    def told(self, event: LinkDown | LinkUp | Drain | Drained | Tick) -> None:
+    def told(self, event: LinkDown | LinkUp | LinkMeasured | Drain | Drained | Tick) -> None:
         """Who may work with whom has changed, or the time asked for has come."""
         self._decide(event)
 

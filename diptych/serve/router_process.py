@@ -19,7 +19,7 @@ import msgspec
 
 from diptych.errors import ProtocolError
 from diptych.journal import Journal
-from diptych.policy.membership import Dismiss, Drain, Drained, LinkDown, LinkUp
+from diptych.policy.membership import Dismiss, Drain, Drained, LinkDown, LinkMeasured, LinkUp
 from diptych.policy.messages import Cancel, Cancelled, Emit, Finish, Place, Role, Submitted, Tick, WorkerUp
 from diptych.policy.router import Router
 from diptych.serve import process
@@ -154,7 +154,7 @@ class RouterProcess:
                     self._register(channel, message)
                 case Ready():
                     self._ready(channel)
-                case LinkDown() | LinkUp() | Drain() | Drained():
+                case LinkDown() | LinkUp() | LinkMeasured() | Drain() | Drained():
                     self._told(channel, replace(message, worker=channel.name))
                 case Bye():
                     self._worker_lost(channel, "it was told to stop", logging.INFO)
@@ -164,7 +164,7 @@ class RouterProcess:
         channel.heard = heard
         channel.lost = lambda why: self._worker_lost(channel, why)
 
-    def _told(self, channel: Channel, event: LinkDown | LinkUp | Drain | Drained) -> None:
+    def _told(self, channel: Channel, event: LinkDown | LinkUp | LinkMeasured | Drain | Drained) -> None:
         """A worker says whom it can reach, or that it wants to leave."""
         joined = self._workers.get(channel.name)
         if joined is None or joined.channel is not channel:
@@ -174,7 +174,7 @@ class RouterProcess:
         elif isinstance(event, Drain):
             self.dismiss(channel.name)
 
-    def _tell(self, event: LinkDown | LinkUp | Drain | Drained | Tick) -> None:
+    def _tell(self, event: LinkDown | LinkUp | LinkMeasured | Drain | Drained | Tick) -> None:
         """Let policy know, and wake it when it wants to be."""
         self._driver.told(event)
         deadline = self._driver.policy.next_deadline()
@@ -215,7 +215,7 @@ class RouterProcess:
         joined.up = True
         card = joined.card
         self._driver.worker_up(
-            WorkerUp(card.worker, card.incarnation, Role(card.role), card.num_blocks, card.block_size)
+            WorkerUp(card.worker, card.incarnation, Role(card.role), card.num_blocks, card.block_size, card.token_bytes)
         )
 
     def _worker_lost(self, channel: Channel, why: str, level: int = logging.WARNING) -> None:

@@ -75,6 +75,7 @@ class Register:
     block_size: int
     address: str
     transport: bytes
+    token_bytes: int = 0  # KV of one token
     facts: tuple[tuple[str, str], ...] = ()
 
 

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from diptych.engine.executor import Result, Sampling, Score
 from diptych.journal import Journal
 from diptych.policy.hashes import block_hashes, chain
-from diptych.policy.membership import Drained
+from diptych.policy.membership import Drained, LinkMeasured
 from diptych.policy.messages import (
     CancelPull,
     Emit,
@@ -40,7 +40,7 @@ from diptych.policy.messages import (
 from diptych.policy.retention import Replicate
 from diptych.policy.worker import Worker
 from diptych.serve.wire import Extra, pack_emit, pack_ids, unpack_ids, unpack_sums, unpack_ticket
-from diptych.transfer.seam import Plan
+from diptych.transfer.seam import Plan, Stats
 
 MAX_EARLY = 1024  # requests a peer may speak of before our own Place comes
 
@@ -65,7 +65,7 @@ class Ports(Protocol):
     def tell(self, peer: str, message: ToPeer, attachment: bytes) -> None:
         """Send to a peer."""
 
-    def report(self, message: Emit | Finish | Drained, attachment: bytes) -> None:
+    def report(self, message: Emit | Finish | Drained | LinkMeasured, attachment: bytes) -> None:
         """Send to the router."""
 
     def checksum(self, blocks: NDArray[np.int32]) -> NDArray[np.uint64]:
@@ -93,6 +93,8 @@ class Held:
     scores: dict[int, Score] = field(default_factory=dict)  # of tokens not emitted yet, by position
     prompt_scores: list[Score] = field(default_factory=list)  # until the first token is emitted
     vector: bytes = b""  # what came of a prompt after which nothing is written
+    codec: str = ""  # how the last of its KV that was read here travelled
+    why: str = ""  # and why so
 
 
 class WorkerDriver:
@@ -104,6 +106,9 @@ class WorkerDriver:
         self._last_step: float | None = None  # when one was last done
         self.num_kv_bytes = self.num_transfers = self.num_failed = 0
         self.kv_seconds = 0.0
+        self.num_wire_bytes = 0  # of KV, as it travelled
+        self.codecs: dict[str, int] = {}  # reads by codec
+        self.links: dict[str, dict[str, Any]] = {}  # the last read from each peer
         self.resumed = dict.fromkeys(("requests", "prompt_tokens", "written_tokens"), 0)  # computed again, after a loss
         self._ports = ports
         self._clock = clock
@@ -133,6 +138,15 @@ class WorkerDriver:
             case ReadFailed():
                 self.num_failed += 1
         self._decide(event)
+
+    def travelled(self, rid: int, peer: str, stats: Stats) -> None:
+        """How KV that was just read came: for people to see. Policy hears only that it did."""
+        self.num_wire_bytes += stats.wire_bytes or stats.num_bytes
+        self.codecs[stats.codec] = self.codecs.get(stats.codec, 0) + 1
+        bytes_per_s = round(stats.num_bytes / stats.elapsed_s) if stats.elapsed_s else 0
+        self.links[peer] = {"codec": stats.codec, "why": stats.why, "bytes_per_s": bytes_per_s}
+        if rid in self._held:
+            self._held[rid].codec, self._held[rid].why = stats.codec, stats.why
 
     def ran(self, step: int, result: Result) -> None:
         """The executor is done with a step."""
@@ -189,7 +203,7 @@ class WorkerDriver:
                 self._ports.pull(order, Plan(source, target, np.array(self._expected(order), np.uint64)))
             case CancelPull(pull=pull):
                 self._ports.cancel_pull(pull)
-            case Drained():
+            case Drained() | LinkMeasured():
                 self._ports.report(order, b"")
             case _:
                 self._tell(order, b"")
@@ -312,5 +326,8 @@ class WorkerDriver:
                 "seconds": self.kv_seconds,
                 "transfers": self.num_transfers,
                 "failed": self.num_failed,
+                "wire_bytes": self.num_wire_bytes,
+                "codecs": self.codecs,
+                "links": self.links,
             },
         }

@@ -24,7 +24,7 @@ from diptych.engine.executor import Sampling
 from diptych.errors import ProtocolError, TransferError
 from diptych.journal import Journal
 from diptych.linkrates import LinkRates
-from diptych.policy.membership import Dismiss, Drain, Drained
+from diptych.policy.membership import Dismiss, Drain, Drained, LinkMeasured
 from diptych.policy.messages import (
     Cancel,
     Emit,
@@ -137,6 +137,7 @@ class WorkerProcess:
             block_size=spec.block_size,
             address=self._address,
             transport=self._transport.describe(),
+            token_bytes=self._parts.pool.layout.token_bytes,
             facts=facts_of(cluster, next(w for w in cluster.workers if w.name == self._name)),
         )
 
@@ -207,7 +208,7 @@ class WorkerProcess:
         else:
             self._loop.call_soon(self._on, PeerLost(peer))
 
-    def report(self, message: Emit | Finish | Drained, attachment: bytes) -> None:
+    def report(self, message: Emit | Finish | Drained | LinkMeasured, attachment: bytes) -> None:
         self._router.say(message, attachment)
 
     def checksum(self, blocks: NDArray[np.int32]) -> NDArray[np.uint64]:
@@ -221,18 +222,20 @@ class WorkerProcess:
             return
         plan = replace(plan, codec=self._orders.cluster.codec)
         self._reads[order.pull] = link.source.read(plan, READ_DEADLINE_S)
-        self._spawn(self._finish_read(order.pull))
+        self._spawn(self._finish_read(order))
 
     def cancel_pull(self, pull: int) -> None:
         if pull in self._reads:
             self._cancelled.add(pull)
             self._reads[pull].cancel()
 
-    async def _finish_read(self, pull: int) -> None:
+    async def _finish_read(self, order: Pull) -> None:
         """See one read to its end: the driver hears Read, or ReadFailed and then Settled."""
+        pull = order.pull
         transfer = self._reads[pull]
         try:
             stats = await transfer.done()
+            self._driver.travelled(order.rid, order.peer, stats)
             self._on(Read(pull, stats.num_bytes, stats.elapsed_s))
         except TransferError as error:
             if pull not in self._cancelled:

@@ -17,7 +17,7 @@ from typing import Any
 
 from diptych.errors import ConfigError
 from diptych.journal import Recording
-from diptych.policy.membership import Drain, LinkDown
+from diptych.policy.membership import Drain, LinkDown, LinkMeasured
 from diptych.policy.messages import (
     MAX_ATTEMPTS,
     Answer,
@@ -158,7 +158,10 @@ def rerun(recordings: Sequence[Recording]) -> list[Comparison]:
     simulation = Simulation(
         [record.headers[name].worker for name in record.workers],
         record.headers[ROUTER].router,
-        Costs(per_worker={name: RecordedSteps(record.step_durations(name)) for name in record.workers}),
+        Costs(
+            per_worker={name: RecordedSteps(record.step_durations(name)) for name in record.workers},
+            kv_bytes_per_token=record.token_bytes,
+        ),
         Link(),
         record.arrivals(),  # type: ignore[arg-type]  # Recorded stands in for Arrival
         conditions=RecordedConditions(record.delays()),
@@ -190,7 +193,9 @@ class Record:
             raise ConfigError("timers fired in this run (leases were extended); record one with a longer lease")
         self.num_events = sum(map(len, self._log.values()))
         router = self._log[ROUTER]
-        self.workers = [event.worker for _, event, _ in router if isinstance(event, WorkerUp)]
+        ups = [event for _, event, _ in router if isinstance(event, WorkerUp)]
+        self.workers = [up.worker for up in ups]
+        self.token_bytes = max((up.token_bytes for up in ups), default=0)
         self._submitted = [(t, event) for t, event, _ in router if isinstance(event, Submitted)]
         if not self._submitted:
             raise ConfigError("nothing was asked in this run")
@@ -264,6 +269,9 @@ class Record:
         arrived = self._arrivals_of_messages()
         for name, log in self._log.items():
             for now, _, orders in log:
+                for order in orders:
+                    if isinstance(order, LinkMeasured):  # of its own, and before what else is reported
+                        found[name, ROUTER].append(self._delay(arrived, name, ROUTER, order, now))
                 reports = [order for order in orders if isinstance(order, Emit | Finish)]
                 if reports:  # one frame
                     times = [t for o in reports if (t := self._take(arrived, name, ROUTER, o)) is not None]
@@ -292,7 +300,7 @@ class Record:
                     found[name, "first", event.rid].append(now)
                 elif isinstance(event, Finish | Failed):
                     found[name, event.worker, event.rid].append(now)
-                elif isinstance(event, (Place, Cancel, *PEER_MESSAGES)):
+                elif isinstance(event, (Place, Cancel, LinkMeasured, *PEER_MESSAGES)):
                     found[name, event].append(now)
         return found
 
@@ -303,7 +311,7 @@ class Record:
                 key: Any = (receiver, "first", order.rid) if is_first else None
             case Finish():
                 key = (receiver, order.worker, order.rid)
-            case Place() | Cancel():
+            case Place() | Cancel() | LinkMeasured():
                 key = (receiver, order)
             case _:
                 key = (receiver, replace(order, peer=sender))
