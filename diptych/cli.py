@@ -110,9 +110,10 @@ def _add_others(parser: argparse.ArgumentParser) -> None:
 
 
 def _serve(arguments: argparse.Namespace) -> int:
-    from diptych.config import load_cluster, parse_cores
+    from diptych.config import load_cluster
     from diptych.serve.logs import set_up
     from diptych.serve.supervisor import Supervisor
+    from diptych.units import parse_cores
 
     keys = (
         "model", "engine", "dtype", "host", "port", "journal", "api_key", "tool_parser", "log_format", "log_level",
@@ -183,10 +184,11 @@ def _add_worker(commands: Any) -> None:
 
 
 def _worker(arguments: argparse.Namespace) -> int:
-    from diptych.config import parse_cores, read_key
+    from diptych.config import read_key
     from diptych.errors import PeerLost
     from diptych.policy.messages import Role
     from diptych.serve.join import join
+    from diptych.units import parse_cores
 
     keys = ("model", "dtype", "chunk", "kv_memory", "journal", "transport", "drain_timeout")
     flags = {key: getattr(arguments, key) for key in keys}
@@ -218,7 +220,7 @@ def _add_simulate(commands: Any) -> None:
         "--step-cost", type=_step_cost, default="8e-3,4e-5,4e-8", metavar="A,B,C",
         help="a step takes A + B x new tokens + C x context tokens, seconds (8e-3,4e-5,4e-8)",
     )  # fmt: skip
-    parser.add_argument("--link", type=float, default=25.0, metavar="GB/S", help="what KV travels over (25)")
+    parser.add_argument("--link", default="25", metavar="RATE", help="what KV travels over: GB/s, or like 10gbe (25)")
     parser.add_argument("--kv-bytes", type=int, default=131072, metavar="N", help="KV bytes of a token (131072)")
     parser.set_defaults(command=_simulate)
 
@@ -226,6 +228,7 @@ def _add_simulate(commands: Any) -> None:
 def _simulate(arguments: argparse.Namespace) -> int:
     from diptych.bench.slo import parse_slo
     from diptych.config import load_cluster
+    from diptych.linkrates import parse_rate
     from diptych.sim.costs import Costs, Link
     from diptych.sim.report import render, summarize
     from diptych.sim.run import run_simulation
@@ -238,7 +241,7 @@ def _simulate(arguments: argparse.Namespace) -> int:
         specs,
         router=cluster.router,
         costs=Costs(step=arguments.step_cost, kv_bytes_per_token=arguments.kv_bytes),
-        link=Link(bytes_per_s=arguments.link * 1e9),
+        link=Link(bytes_per_s=parse_rate(arguments.link), rates=cluster.links),
         arrivals=load_of(arguments, requests=1000).arrivals(cluster.workers[0].block_size),
     )
     render(summarize(result, parse_slo(arguments.slo) if arguments.slo else None))

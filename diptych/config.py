@@ -25,20 +25,22 @@ import msgspec
 
 from diptych.engine.paced import PacedModel
 from diptych.errors import ConfigError
+from diptych.linkrates import LinkRates, LinkRule, parse_rate
 from diptych.policy.batching import WorkerSpec
 from diptych.policy.messages import Role
 from diptych.policy.router import RouterSpec
+from diptych.units import parse_bytes
 
 _KEY_VARIABLES = {"api_key": "DIPTYCH_API_KEY", "cluster_key": "DIPTYCH_CLUSTER_KEY"}
 """The settings the environment may make: flags would show in process lists."""
 MIN_KEY = 16  # characters of a cluster key; whoever hears a handshake may guess for as long as they like
 DEMO = Path(__file__).parent / "demo"
-_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 1 << 10, "MI": 1 << 20, "GI": 1 << 30}
 
 _WILDCARDS = ("0.0.0.0", "[::]")
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 Transport = Literal["auto", "shm", "tcp"]
+KvCodec = Literal["raw", "int8", "auto"]
 LogFormat = Literal["text", "json"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 ToolFormat = Literal["hermes", "llama3", "none"]
@@ -92,6 +94,8 @@ class Cluster(msgspec.Struct, frozen=True, kw_only=True):
     address: str | None = None  # the host by which workers elsewhere call those of this host
     cluster_key: str | None = None
     transport: Transport = "auto"
+    codec: KvCodec = "raw"
+    links: LinkRates = LinkRates()  # how slow the links between workers are made
     drain_timeout_s: float = 300.0
     stuck_s: float = 10.0  # how long a process may show no sign of life; 0: for ever
     tool_parser: ToolFormat | None = None  # how the model writes calls; None: as its chat template says
@@ -150,6 +154,15 @@ class _Router(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     disaggregate_above: int = 256
 
 
+class _Link(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    rate: str | float
+    one: str = msgspec.field(name="from", default="")
+    other: str = msgspec.field(name="to", default="")
+
+    def rule(self) -> LinkRule:
+        return LinkRule(self.one, self.other, parse_rate(self.rate))
+
+
 class _File(_Defaults, frozen=True, kw_only=True, forbid_unknown_fields=True):
     worker: list[_Worker] = []
     model: str = "demo"
@@ -163,6 +176,8 @@ class _File(_Defaults, frozen=True, kw_only=True, forbid_unknown_fields=True):
     cluster_key: str | None = None
     key_file: str | None = None
     transport: Transport = "auto"
+    codec: KvCodec = "raw"
+    link: str | float | list[_Link] | None = None
     drain_timeout: float = 300.0  # seconds
     stuck: float = 10.0  # seconds
     tool_parser: ToolFormat | None = None
@@ -211,6 +226,8 @@ def load_cluster(path: Path | None, flags: dict[str, Any]) -> Cluster:
         address=file.address or (file.listen.rpartition(":")[0].strip("[]") if file.listen else None),
         cluster_key=_key(file.cluster_key, file.key_file),
         transport=file.transport,
+        codec=file.codec,
+        links=_links(file, workers),
         drain_timeout_s=file.drain_timeout,
         stuck_s=file.stuck,
         guest=_worker("guest", _Worker(role=Role.MIXED), file, ()),
@@ -264,25 +281,6 @@ def _key(key: str | None, key_file: str | None) -> str | None:
     if key is not None and len(key) < MIN_KEY:
         raise ConfigError(f"a cluster key has at least {MIN_KEY} characters, like what `openssl rand -hex 16` prints")
     return key
-
-
-def parse_bytes(text: int | str) -> int:
-    """A number of bytes: 1048576, "64MiB", "1.5GB"."""
-    match = re.fullmatch(r"\s*([0-9.]+)\s*([KMG]I?)?B?\s*", str(text).upper())
-    if match is None:
-        raise ConfigError(f"{text!r} is not a size; write it like 512MiB or 2GB")
-    return int(float(match[1]) * _UNITS[match[2] or ""])
-
-
-def parse_cores(text: str) -> list[int]:
-    """Core numbers: "0,1" or "0-3,8"."""
-    cores: list[int] = []
-    for part in text.split(","):
-        first, _, last = part.partition("-")
-        if not first.strip().isdigit() or (last and not last.strip().isdigit()):
-            raise ConfigError(f"{text!r} is not a list of cores; write it like 0,1 or 0-3")
-        cores += range(int(first), int(last or first) + 1)
-    return cores
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -359,6 +357,17 @@ def _check(workers: tuple[WorkerConfig, ...], others_join: bool) -> None:
     for key in ("block_size", "dtype"):
         if len({getattr(worker, key) for worker in workers}) > 1:
             raise ConfigError(f"all workers of a cluster need the same {key}: their KV has to fit together")
+
+
+def _links(file: _File, workers: tuple[WorkerConfig, ...]) -> LinkRates:
+    """How slow links are made: one rate for all, or rules, of which the last that is about a pair counts."""
+    if not isinstance(file.link, list):
+        return LinkRates(None if file.link is None else parse_rate(file.link))
+    known = {worker.name for worker in workers} | {""}
+    for name in (name for link in file.link for name in (link.one, link.other)):
+        if name not in known and file.listen is None:
+            raise ConfigError(f"[[link]] names {name!r}, and there is no such worker")
+    return LinkRates(None, tuple(link.rule() for link in file.link))
 
 
 def _check_door(file: _File) -> None:

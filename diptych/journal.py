@@ -70,6 +70,7 @@ _POLICY_TYPES: tuple[type, ...] = (
     membership.Drain,
     membership.Drained,
     membership.Dismiss,
+    membership.LinkMeasured,
 )
 """In the order of their codes: append only."""
 

@@ -72,13 +72,15 @@ def calls(path: Path) -> Iterator[ast.Call]:
 
 # --- imports -------------------------------------------------------------------------------------------------------
 
-FACTS = {"policy", "journal", "modelfacts", "errors"}
+FACTS = {"policy", "journal", "modelfacts", "linkrates", "errors"}
 EVERYTHING = {name.split(".")[1] for name in MODULES if "." in name}
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "policy": set(),
     "demo": set(),
     "journal": {"policy", "errors"},
+    "linkrates": {"errors"},
+    "units": {"errors"},
     "modelfacts": {"policy", "errors"},
     "transfer": FACTS,
     "sim": FACTS,
@@ -86,7 +88,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     # Both have C++, and one way to compile it.
     "engine": FACTS | {"transfer.pool", "transfer.layout", "transfer.native.build"},
     # A paced model's costs are part of a cluster's description; the module knows neither torch nor a process.
-    "config": {"policy", "errors", "engine.paced"},
+    "config": {"policy", "errors", "linkrates", "units", "engine.paced"},
     "serve": EVERYTHING - {"sim", "plan", "bench", "cli", "offline"},
     "offline": EVERYTHING - {"sim", "plan", "bench", "cli"},
     "plan": EVERYTHING - {"cli"},
@@ -311,6 +313,7 @@ def test_every_flag_is_documented(command: str) -> None:
         ("For every worker, or one", config._Defaults),
         ("`[[worker]]`", config._Worker),
         ("`[router]`", config._Router),
+        ("`[[link]]`", config._Link),
         ("`[paced]`", config._Paced),
     ],
 )

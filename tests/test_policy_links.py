@@ -13,7 +13,7 @@ class Named:
 P, Q, D, E = map(Named, "pqde")
 
 
-def first(able: list[Named]) -> Named | None:
+def first(able: list[Named], _: Named | None) -> Named | None:
     return able[0] if able else None
 
 

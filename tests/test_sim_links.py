@@ -4,6 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from diptych.linkrates import LinkRates, LinkRule
 from diptych.sim.agenda import instant, seconds
 from diptych.sim.costs import Link
 from diptych.sim.links import SharedLink
@@ -64,3 +65,10 @@ def test_who_shares_a_link() -> None:
     keys = {shared: Link(shared=shared).key("p0", "d1") for shared in ("pair", "source", "target", "all")}
     assert len(set(keys.values())) == 4
     assert Link(shared="source").key("p0", "d2") == keys["source"] and Link(shared="all").key("p1", "d2") == keys["all"]
+
+
+def test_pairs_may_have_links_of_their_own() -> None:
+    link = Link(100.0, rates=LinkRates(None, (LinkRule("p0", "d1", 5.0),)))
+    assert link.key("p0", "d1") == ("p0", "d1") and link.key("p0", "d0") == ("p0", "") == link.key("p0", "d2")
+    assert link.rate(link.key("p0", "d1")) == 5.0 and link.rate(link.key("p0", "d0")) == 100.0
+    assert Link(100.0, shared="pair").rate(("p0", "d1")) == 100.0

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from diptych.errors import ConfigError, LayoutMismatch, PeerLost, ProtocolError, TransferError
 from diptych.transfer import native
+from diptych.transfer.emulated import EmulatedTransport
 from diptych.transfer.layout import Layout
 from diptych.transfer.local import LocalRegistry, LocalTransport
 from diptych.transfer.native import sockets
@@ -31,7 +32,7 @@ NUM_BLOCKS = 24
 Make = Callable[[str, int], Transport]
 
 
-@pytest.fixture(params=["local", "shm", "tcp"])
+@pytest.fixture(params=["local", "shm", "tcp", "shm, linked", "tcp, linked"])
 def make(request: pytest.FixtureRequest) -> Iterator[Make]:
     """Makes transports of one kind that can reach each other."""
     registry = LocalRegistry()
@@ -41,7 +42,9 @@ def make(request: pytest.FixtureRequest) -> Iterator[Make]:
             "shm": lambda worker, incarnation: ShmTransport(worker, incarnation, Path(folder) / "run"),
             "tcp": lambda worker, incarnation: TcpTransport(worker, incarnation, "secret", "127.0.0.1:0"),
         }
-        yield kinds[request.param]
+        kind, _, linked = request.param.partition(", ")
+        make = kinds[kind]
+        yield (lambda *who: EmulatedTransport(make(*who), lambda _: 1e15)) if linked else make
 
 
 @dataclass

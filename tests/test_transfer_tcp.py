@@ -349,7 +349,7 @@ def test_a_stuck_source_does_not_keep_us_from_closing(monkeypatch: pytest.Monkey
 
 def test_a_reply_that_is_not_the_one_that_is_due_ends_the_peer(monkeypatch: pytest.MonkeyPatch) -> None:
     real = sockets.send
-    monkeypatch.setattr(sockets, "send", lambda sock, head, payload: real(sock, head[:-1] + b"\1", payload))
+    monkeypatch.setattr(sockets, "send", lambda sock, head, payload: real(sock, b"\1" + head[1:], payload))
 
     async def story() -> None:
         async with connected() as (peer, target, _):

@@ -83,7 +83,8 @@ def run(arguments: argparse.Namespace) -> int:
 
 def cluster_of(mode: str, arguments: argparse.Namespace) -> "Cluster":
     """The cluster of a mode: so many workers on the same cores."""
-    from diptych.config import load_cluster, parse_cores
+    from diptych.config import load_cluster
+    from diptych.units import parse_cores
 
     cores = parse_cores(arguments.cores) if arguments.cores else None
     flags: dict[str, Any] = {"engine": arguments.engine, "cores": cores, "port": 0, "kv_memory": arguments.kv_memory}
@@ -145,7 +146,7 @@ def gentle(load: Load) -> Load:
 def _about(arguments: argparse.Namespace, load: Load, found: "Found") -> dict[str, Any]:
     from diptych.bench import rounds
     from diptych.bench.clusters import model_name
-    from diptych.config import parse_cores
+    from diptych.units import parse_cores
 
     cluster = cluster_of(next(iter(found)), arguments)
     paced = arguments.engine == "paced"

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
+from diptych.policy.handover import Candidate, explain
 from diptych.policy.ladder import Ladder, Rung
 from diptych.policy.messages import Role, Submitted, attempt_id
 
@@ -23,6 +24,7 @@ class WorkerView:
     role: Role
     num_blocks: int
     block_size: int
+    token_bytes: int = 0  # KV of one token; 0: not known
     prompt_tokens: int = 0  # placed here and not prefilled yet
     held_tokens: int = 0  # at most held by what decodes here
     num_requests: int = 0
@@ -65,11 +67,18 @@ class RequestView:
     uncached: int = 0  # prompt tokens charged to the prefilling worker until the first token
     charged: str = ""  # that worker
     failed: set[tuple[str, str]] = field(default_factory=set)  # pairs that gave it up; another one is preferred
+    ranked: list[Candidate] = field(default_factory=list)  # where links counted: who decodes it, and who came next
+    alone_since: float | None = None  # when its prompt was placed on a prefilling worker that had nothing else to do
 
     @property
     def rid(self) -> int:
         """Its present attempt."""
         return attempt_id(self.submitted.request, self.attempt)
+
+    @property
+    def why(self) -> str:
+        """Why it is decoded where it is, where links counted; else ""."""
+        return explain(self.ranked) if self.ranked else ""
 
 
 Pair = tuple[WorkerView, WorkerView]

@@ -48,15 +48,18 @@ class Links:
         self,
         firsts: list[W],
         seconds: list[W],
-        pick: Callable[[list[W]], W | None],
+        pick: Callable[[list[W], W | None], W | None],
         without: Set[tuple[str, str]] = NONE,
     ) -> tuple[W, W] | None:
-        """The best second that has a first connected to it, and the best of those; never one of the pairs `without`."""
-        while second := pick(seconds):
+        """The best second that has a first connected to it, and the best of those; never one of the pairs `without`.
+
+        `pick(firsts, second)` is the best first for a second, `pick(seconds, None)` the best second.
+        """
+        while second := pick(seconds, None):
             able = firsts
             if self._down or without:
                 able = [f for f in firsts if self.stand(f.name, second.name) and (f.name, second.name) not in without]
-            if first := pick(able):
+            if first := pick(able, second):
                 return first, second
             seconds = [other for other in seconds if other is not second]
         return None

@@ -24,6 +24,15 @@ class LinkUp:
 
 
 @dataclass(frozen=True, slots=True)
+class LinkMeasured:
+    """A worker reads a peer's KV at so many bytes per second, all told; said when it has changed."""
+
+    worker: str
+    peer: str
+    bytes_per_s: float
+
+
+@dataclass(frozen=True, slots=True)
 class Drained:
     """A worker that was told to drain holds nothing of any request any more, and nobody reads from it."""
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import NamedTuple
 
-from diptych.policy.membership import Dismiss, Drain, Drained, LinkDown, LinkUp
+from diptych.policy.membership import Dismiss, Drain, Drained, LinkDown, LinkMeasured, LinkUp
 from diptych.policy.retention import Release, Replicate, Replicated
 
 MAX_ATTEMPTS = 64
@@ -85,13 +85,17 @@ class Cancelled:
 
 @dataclass(frozen=True, slots=True)
 class WorkerUp:
-    """A worker is connected to every peer and ready for work. Capacities in blocks of `block_size` tokens."""
+    """A worker is connected to every peer and ready for work. Capacities in blocks of `block_size` tokens.
+
+    `token_bytes` is the KV of one token; 0 where nobody said.
+    """
 
     worker: str
     incarnation: int
     role: Role
     num_blocks: int
     block_size: int
+    token_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -365,10 +369,10 @@ class Tick:
 
 
 Retention = Replicate | Replicated | Release
-Membership = LinkDown | LinkUp | Drain | Drained
+Membership = LinkDown | LinkUp | LinkMeasured | Drain | Drained
 RouterEvent = Submitted | Cancelled | WorkerUp | WorkerLost | Progress | Failed | Finish | Tick | Membership
 RouterOrder = Place | Cancel | Reject | Drain | Dismiss
 Handover = Offer | Publish | Done | Answer | Revoke | Drop | Beat
 WorkerEvent = Place | Cancel | Drain | StepDone | Handover | Retention | PeerLost | Read | ReadFailed | Settled | Tick
-WorkerOrder = Run | Handover | Retention | Pull | CancelPull | Emit | Finish | Drained
+WorkerOrder = Run | Handover | Retention | Pull | CancelPull | Emit | Finish | Drained | LinkMeasured
 Message = RouterEvent | RouterOrder | WorkerEvent | WorkerOrder

@@ -5,10 +5,11 @@ Not responsible for keeping track of reads (`sink.py` and `keep.py` do), nor for
 
 from collections.abc import Callable
 
+from diptych.policy.handover import Meter
 from diptych.policy.keep import Keep
 from diptych.policy.ladder import Rung
 from diptych.policy.memory import Memory
-from diptych.policy.messages import Answer, Drop, Publish, Reason, Revoke, WorkerOrder
+from diptych.policy.messages import Answer, Drop, Publish, Read, Reason, Revoke, WorkerOrder
 from diptych.policy.sequence import Sequence
 from diptych.policy.sink import Incoming, Sink
 
@@ -16,7 +17,7 @@ from diptych.policy.sink import Incoming, Sink
 class Receiver:
     """Belongs to one worker. `seqs` and `orders` are the worker's; `end(now, seq, reason)` ends a sequence there.
 
-    replicate: what is accepted is copied back to its source as it grows.
+    replicate: what is accepted is copied back to its source as it grows. meter: hears how fast reads were.
     """
 
     def __init__(
@@ -28,6 +29,7 @@ class Receiver:
         orders: list[WorkerOrder],
         end: Callable[[float, Sequence, Reason], None],
         replicate: bool,
+        meter: Meter,
     ):
         self._sink = sink
         self._keep = keep
@@ -36,6 +38,7 @@ class Receiver:
         self._orders = orders
         self._end = end
         self._replicate = replicate
+        self._meter = meter
 
     def expect(self, seq: Sequence, now: float) -> None:
         """A sequence was placed here whose KV comes from its peer."""
@@ -56,12 +59,15 @@ class Receiver:
         else:
             self._orders += self._sink.ask(coming)
 
-    def read(self, now: float, pull: int) -> None:
+    def read(self, now: float, event: Read) -> None:
         """A read is over and verified."""
+        pull = event.pull
         if self._keep.reads(pull):
             self._orders += self._keep.read(pull)
             return
         coming = self._sink.read(pull, now)
+        if coming:
+            self._orders += self._meter.read(now, coming.seq.peer, event.num_bytes, event.elapsed_s)
         self._orders += self._sink.ask(coming) if coming else self._sink.settled(pull, now)
 
     def read_failed(self, now: float, pull: int) -> None:
@@ -133,6 +139,7 @@ class Receiver:
 
     def lose(self, now: float, peer: str) -> None:
         """A source is gone. What was read whole is used; of the rest what is known is computed here."""
+        self._meter.forget(peer)
         for coming in self._sink.of_peer(peer):
             if coming.asked:  # verified by checksum: it needs no answer from the dead
                 self._accept(now, coming)

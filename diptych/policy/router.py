@@ -16,9 +16,10 @@ from functools import partial
 
 from diptych.policy.books import SCORES, Pair, PolicyName, RequestView, WorkerView
 from diptych.policy.drains import Drains
+from diptych.policy.handover import Candidate, Handovers
 from diptych.policy.ladder import REQUEST, Ladder, Rung
 from diptych.policy.links import NONE, Links
-from diptych.policy.membership import Dismiss, Drain, Drained, LinkDown, LinkUp
+from diptych.policy.membership import Dismiss, Drain, Drained, LinkDown, LinkMeasured, LinkUp
 from diptych.policy.messages import (
     MAX_ATTEMPTS,
     WELL,
@@ -64,6 +65,7 @@ class Router:
         self.requests: dict[int, RequestView] = {}
         self.num: dict[str, int] = dict.fromkeys(("submitted", "finished", "rejected", "cancelled", "failed"), 0)
         self.links = Links()
+        self.handovers = Handovers()
         self.drains = Drains()
         self._clock = 0  # counts placements, for ages and for turns
         self._orders: list[RouterOrder] = []
@@ -82,13 +84,17 @@ class Router:
             case Failed():
                 self._failed(now, event)
             case WorkerUp():
-                self.workers[event.worker] = WorkerView(event.worker, event.role, event.num_blocks, event.block_size)
+                self.workers[event.worker] = WorkerView(
+                    event.worker, event.role, event.num_blocks, event.block_size, event.token_bytes
+                )
             case WorkerLost():
                 self._worker_lost(now, event)
             case LinkDown(worker=worker, peer=peer):
                 self.links.down(worker, peer)
             case LinkUp(worker=worker, peer=peer):
                 self.links.up(worker, peer)
+            case LinkMeasured():
+                self.handovers.measured(event)
             case Drain(worker=worker) if worker in self.workers:
                 self.drains.begin(worker, now + event.timeout_s)
             case Drained(worker=worker) if worker in self.drains:
@@ -135,16 +141,18 @@ class Router:
         need = wanted.num_prompt + wanted.max_new
         writes = wanted.max_new > 0
         alone = self._pick(request, self._able((Role.MIXED,) if writes else (Role.MIXED, Role.PREFILL), need))
+        request.ranked = []
         pair = self._pick_pair(request, num_tokens, need) if writes else None
         kept = pair is not None and pair[0].name == request.keeper
         if alone and not kept and (not pair or not self._disaggregates(request, alone)):
             self._send(request, num_tokens, alone, Role.MIXED if writes else Role.PREFILL, None)
-            self._charge(request, alone, alone if writes else None, num_tokens)
+            request.ranked = []
+            self._charge(now, request, alone, alone if writes else None, num_tokens)
         elif pair:
             prefill, decode = pair
             self._send(request, num_tokens, decode, Role.DECODE, prefill)
             self._send(request, num_tokens, prefill, Role.PREFILL, decode)
-            self._charge(request, prefill, decode, num_tokens)
+            self._charge(now, request, prefill, decode, num_tokens)
         elif self.num_paths():
             status = 503 if request.attempt else 400  # it did fit once: what is left of the cluster is too small
             self._reject(
@@ -168,11 +176,33 @@ class Router:
         """
         prefills, decodes = self._able((Role.PREFILL,), num_tokens), self._able((Role.DECODE,), need)
         keepers = [view for view in prefills if view.name == request.keeper]
-        pick = partial(self._pick, request)
+        pick = partial(self._pick_half, request, num_tokens, len(prefills)) if self.handovers.known() else None
         for able, without in ((keepers, request.failed), (prefills, request.failed), (prefills, NONE)):
-            if pair := self.links.best(able, decodes, pick, without):
+            if pair := self.links.best(able, decodes, pick or (lambda half, _: self._pick(request, half)), without):
                 return pair
         return None
+
+    def _pick_half(
+        self, request: RequestView, num_tokens: int, num_sources: int, able: list[WorkerView], decode: WorkerView | None
+    ) -> WorkerView | None:
+        """The best prefill worker for a decode worker, or the best of these decode workers: load, and the way there."""
+        if self.spec.policy == "round-robin":
+            return self._pick(request, able)
+        ranked = []
+        for view in able:
+            load, *ties = SCORES[self.spec.policy](view, request)
+            target = decode or view
+            num_bytes = max(num_tokens - target.matched(request.submitted.hashes), 0) * target.token_bytes
+            if decode:
+                away_s = self.handovers.seconds(num_bytes, view.name, decode.name)
+            else:
+                away_s = self.handovers.least_seconds(num_bytes, view.name, num_sources)
+            detour = self.handovers.detour(away_s)
+            ranked.append(((load + detour, *ties), Candidate(view.name, load, detour, away_s)))
+        ranked.sort(key=lambda each: each[0])
+        if not decode:
+            request.ranked = [candidate for _, candidate in ranked[:2]]
+        return self.workers[ranked[0][1].worker] if ranked else None
 
     def _disaggregates(self, request: RequestView, mixed: WorkerView) -> bool:
         """Is a pair worth its handover for this request? Only if there is enough prompt to compute."""
@@ -196,13 +226,16 @@ class Router:
             )
         )
 
-    def _charge(self, request: RequestView, prefill: WorkerView, decode: WorkerView | None, num_tokens: int) -> None:
+    def _charge(
+        self, now: float, request: RequestView, prefill: WorkerView, decode: WorkerView | None, num_tokens: int
+    ) -> None:
         """Enter a placement into the books."""
         wanted = request.submitted
         request.prefill = request.keeper = prefill.name if prefill is not decode else ""
         request.decode = decode.name if decode else ""
         request.charged = prefill.name
         request.uncached = max(num_tokens - prefill.matched(wanted.hashes), 1)
+        request.alone_since = None if prefill.prompt_tokens else now
         prefill.prompt_tokens += request.uncached
         for view in (prefill,) if decode in (prefill, None) else (prefill, decode):
             self._clock += 1
@@ -217,6 +250,8 @@ class Router:
     def _progress(self, now: float, rid: int) -> None:
         request = self._present(rid)
         if request is not None:
+            if request.alone_since is not None and request.prefill:
+                self.handovers.computed(request.uncached, now - request.alone_since)
             self._prefilled(request)
             request.life.climb(Rung.PREFILLING, now)
             request.life.climb(Rung.HANDOVER if request.prefill else Rung.DECODING, now)
@@ -253,6 +288,7 @@ class Router:
         """Everything that was decoding there, or not yet past its first token there, is placed anew."""
         self.workers.pop(event.worker, None)
         self.links.forget(event.worker)
+        self.handovers.forget(event.worker)
         self.drains.forget(event.worker)
         emitted = dict(event.emitted)
         for request in list(self.requests.values()):

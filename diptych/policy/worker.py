@@ -16,6 +16,7 @@ from itertools import count
 from diptych.policy.batching import WorkerSpec, compose, fast_forward, repeats
 from diptych.policy.blocks import BlockPool
 from diptych.policy.copies import Copies
+from diptych.policy.handover import Meter
 from diptych.policy.keep import Keep
 from diptych.policy.ladder import Rung
 from diptych.policy.membership import Drain, Drained
@@ -72,7 +73,9 @@ class Worker:
         self._leaving = False  # asked to say when nothing is left here; nothing more is placed
         self._orders: list[WorkerOrder] = []
         self.memory = Memory(spec, self.pool, self.source, self.sink, self.keep, self.times, self._steps, self._orders)
-        self.receiver = Receiver(self.sink, self.keep, self.memory, self.seqs, self._orders, self._end, spec.replicate)
+        self.receiver = Receiver(
+            self.sink, self.keep, self.memory, self.seqs, self._orders, self._end, spec.replicate, Meter(spec.name)
+        )
         self._successors: dict[int, Sequence] = {}  # waits until that earlier attempt has let go of its blocks
         self.claims, self.running = self.memory.claims, self.memory.running
 
@@ -88,7 +91,7 @@ class Worker:
             case Publish():
                 self.receiver.published(now, event)
             case Read():
-                self.receiver.read(now, event.pull)
+                self.receiver.read(now, event)
             case ReadFailed(pull=pull):
                 self.receiver.read_failed(now, pull)
             case Settled(pull=pull):

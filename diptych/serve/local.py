@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from diptych.engine.executor import Sampling, Score
 from diptych.errors import BadRequest, DiptychError, TransferError
 from diptych.journal import Journal
-from diptych.policy.membership import Drain, Drained
+from diptych.policy.membership import Drain, Drained, LinkMeasured
 from diptych.policy.messages import (
     Cancel,
     Emit,
@@ -40,7 +40,8 @@ from diptych.serve.clock import Clock
 from diptych.serve.router import RouterDriver
 from diptych.serve.text import prompt_hashes
 from diptych.serve.wire import Deliver, Ticket, pack_ids, unpack_emit
-from diptych.serve.worker import ToPeer, WorkerDriver
+from diptych.serve.worker import WorkerDriver
+from diptych.serve.worker_ports import ToPeer
 from diptych.transfer.copying import checksum, read_now
 from diptych.transfer.seam import Plan
 
@@ -84,9 +85,9 @@ class _WorkerPorts:
     def tell(self, peer: str, message: ToPeer, attachment: bytes) -> None:
         self._cluster.later(lambda: self._cluster.workers[peer].on(message, attachment))
 
-    def report(self, message: Emit | Finish | Drained, attachment: bytes) -> None:
+    def report(self, message: Emit | Finish | Drained | LinkMeasured, attachment: bytes) -> None:
         name = self._parts.policy.spec.name
-        if isinstance(message, Drained):
+        if isinstance(message, Drained | LinkMeasured):
             self._cluster.later(lambda: self._cluster.router.told(message))
         else:
             self._cluster.later(lambda: self._cluster.router.heard(name, message, attachment))
@@ -132,7 +133,9 @@ class LocalCluster:
         }
         for p in self.parts.values():
             spec_ = p.policy.spec
-            self.router.worker_up(WorkerUp(spec_.name, 0, spec_.role, spec_.num_blocks, spec_.block_size))
+            self.router.worker_up(
+                WorkerUp(spec_.name, 0, spec_.role, spec_.num_blocks, spec_.block_size, p.pool.layout.token_bytes)
+            )
 
     def submit(
         self, tokens: list[int], max_new: int, sampling: Sampling, priority: int = 0, find: bool = True

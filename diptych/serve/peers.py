@@ -16,7 +16,7 @@ from diptych.errors import PeerLost, ProtocolError, TransferError
 from diptych.policy.membership import LinkDown, LinkUp
 from diptych.serve.channel import Channel, call
 from diptych.serve.wire import Hello, Ready, Register
-from diptych.serve.worker import ToPeer
+from diptych.serve.worker_ports import ToPeer
 from diptych.transfer.seam import Peer, Transport
 
 log = logging.getLogger(__name__)

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 from diptych.engine.executor import Sampling
 from diptych.errors import ProtocolError
 from diptych.journal import Journal
-from diptych.policy.membership import Dismiss, Drain, Drained, LinkDown, LinkUp
+from diptych.policy.membership import Dismiss, Drain, Drained, LinkDown, LinkMeasured, LinkUp
 from diptych.policy.messages import (
     MAX_ATTEMPTS,
     WELL,
@@ -154,7 +154,7 @@ class RouterDriver:
             open_.keeper = "" if open_.keeper == worker else open_.keeper
         self._decide(WorkerLost(worker, emitted))
 
-    def told(self, event: LinkDown | LinkUp | Drain | Drained | Tick) -> None:
+    def told(self, event: LinkDown | LinkUp | LinkMeasured | Drain | Drained | Tick) -> None:
         """Who may work with whom has changed, or the time asked for has come."""
         self._decide(event)
 

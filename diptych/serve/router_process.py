@@ -20,7 +20,7 @@ import msgspec
 from diptych.errors import ProtocolError
 from diptych.journal import Journal
 from diptych.policy.hashes import HASH_BYTES
-from diptych.policy.membership import Dismiss, Drain, Drained, LinkDown, LinkUp
+from diptych.policy.membership import Dismiss, Drain, Drained, LinkDown, LinkMeasured, LinkUp
 from diptych.policy.messages import Cancel, Cancelled, Emit, Finish, Place, Role, Submitted, Tick, WorkerUp
 from diptych.policy.router import Router
 from diptych.serve import process
@@ -165,7 +165,7 @@ class RouterProcess:
                     self._register(channel, message)
                 case Ready():
                     self._ready(channel)
-                case LinkDown() | LinkUp() | Drain() | Drained():
+                case LinkDown() | LinkUp() | LinkMeasured() | Drain() | Drained():
                     self._told(channel, replace(message, worker=channel.name))
                 case Pulse(computing_s=computing_s):
                     self._liveness.heard(channel, computing_s)
@@ -190,7 +190,7 @@ class RouterProcess:
                     end(pid)
                 channel.drop(why)
 
-    def _told(self, channel: Channel, event: LinkDown | LinkUp | Drain | Drained) -> None:
+    def _told(self, channel: Channel, event: LinkDown | LinkUp | LinkMeasured | Drain | Drained) -> None:
         """A worker says whom it can reach, or that it wants to leave."""
         joined = self._workers.get(channel.name)
         if joined is None or joined.channel is not channel:
@@ -202,7 +202,7 @@ class RouterProcess:
         elif isinstance(event, Drain):
             self.dismiss(channel.name)
 
-    def _tell(self, event: LinkDown | LinkUp | Drain | Drained | Tick) -> None:
+    def _tell(self, event: LinkDown | LinkUp | LinkMeasured | Drain | Drained | Tick) -> None:
         """Let policy know, and wake it when it wants to be."""
         self._driver.told(event)
         deadline = self._driver.policy.next_deadline()
@@ -244,7 +244,7 @@ class RouterProcess:
         joined.up = True
         card = joined.card
         self._driver.worker_up(
-            WorkerUp(card.worker, card.incarnation, Role(card.role), card.num_blocks, card.block_size)
+            WorkerUp(card.worker, card.incarnation, Role(card.role), card.num_blocks, card.block_size, card.token_bytes)
         )
 
     def _worker_lost(self, channel: Channel, why: str, level: int = logging.WARNING) -> None:

@@ -77,6 +77,7 @@ class Register:
     block_size: int
     address: str
     transport: bytes
+    token_bytes: int = 0  # KV of one token
     facts: tuple[tuple[str, str], ...] = ()
 
 
@@ -226,7 +227,7 @@ class State(msgspec.Struct):
     requests: int = 0
     last_step_s: float | None = None
     blocks: dict[str, int] = {}
-    kv: dict[str, float] = {}
+    kv: dict[str, float | dict[str, Any]] = {}
 
 
 MAX_STATE_BYTES = 1 << 16

@@ -9,22 +9,20 @@ from array import array
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from diptych.engine.executor import Result, Sampling, Score
+from diptych.engine.executor import Result, Score
 from diptych.errors import ProtocolError
 from diptych.journal import Journal
 from diptych.policy.hashes import HASH_BYTES, block_hashes, chain
-from diptych.policy.membership import Drained
+from diptych.policy.membership import Drained, LinkMeasured
 from diptych.policy.messages import (
     Beat,
     CancelPull,
     Emit,
     Finish,
-    Handover,
     Place,
     Publish,
     Pull,
@@ -32,7 +30,6 @@ from diptych.policy.messages import (
     Read,
     ReadFailed,
     Reason,
-    Retention,
     Role,
     Run,
     StepDone,
@@ -42,43 +39,11 @@ from diptych.policy.messages import (
 from diptych.policy.retention import Replicate
 from diptych.policy.worker import Worker
 from diptych.serve.wire import Extra, check_ids, pack_emit, pack_ids, unpack_ids, unpack_sums, unpack_ticket
-from diptych.transfer.seam import Plan
+from diptych.serve.worker_ports import Ports, ToPeer
+from diptych.transfer.seam import Plan, Stats
 
 MAX_BLOCKS = 1 << 31  # of a pool: they are counted in int32
 MAX_EARLY = 1024  # requests a peer may speak of before our own Place comes
-
-ToPeer = Handover | Retention
-
-
-class Ports(Protocol):
-    """What a worker's driver asks of the world around it. No call waits."""
-
-    def admit(self, rid: int, tokens: list[int], num_prompt: int, sampling: Sampling) -> None:
-        """Tell the executor of a sequence."""
-
-    def extend(self, rid: int, tokens: list[int]) -> None:
-        """Tell the executor of tokens computed elsewhere."""
-
-    def forget(self, rid: int) -> None:
-        """Tell the executor to drop a sequence."""
-
-    def run(self, step: Run) -> None:
-        """Compute a step; `Driver.ran` takes the result."""
-
-    def tell(self, peer: str, message: ToPeer, attachment: bytes) -> None:
-        """Send to a peer."""
-
-    def report(self, message: Emit | Finish | Drained, attachment: bytes) -> None:
-        """Send to the router."""
-
-    def checksum(self, blocks: NDArray[np.int32]) -> NDArray[np.uint64]:
-        """uint64 [n]: checksums of our own blocks, int32 [n]."""
-
-    def pull(self, order: Pull, plan: Plan) -> None:
-        """Start a read; `Driver.on` is to hear Read, or ReadFailed and Settled."""
-
-    def cancel_pull(self, pull: int) -> None:
-        """Ask a read to stop; `Driver.on` is to hear Settled (or Read, if it was done already)."""
 
 
 @dataclass(slots=True)
@@ -99,6 +64,8 @@ class Held:
     scores: dict[int, Score] = field(default_factory=dict)  # of tokens not emitted yet, by position
     prompt_scores: list[Score] = field(default_factory=list)  # until the first token is emitted
     vector: bytes = b""  # what came of a prompt after which nothing is written
+    codec: str = ""  # how the last of its KV that was read here travelled
+    why: str = ""  # and why so
 
 
 class WorkerDriver:
@@ -119,6 +86,9 @@ class WorkerDriver:
         self._computing: float | None = None  # since when the executor computes the oldest step in flight
         self.num_kv_bytes = self.num_transfers = self.num_failed = 0
         self.kv_seconds = 0.0
+        self.num_wire_bytes = 0  # of KV, as it travelled
+        self.codecs: dict[str, int] = {}  # reads by codec
+        self.links: dict[str, dict[str, Any]] = {}  # the last read from each peer
         self.resumed = dict.fromkeys(("requests", "prompt_tokens", "written_tokens"), 0)  # computed again, after a loss
         self._ports = ports
         self._clock = clock
@@ -183,6 +153,15 @@ class WorkerDriver:
                 self.num_failed += 1
         self._decide(event)
 
+    def travelled(self, rid: int, peer: str, stats: Stats) -> None:
+        """How KV that was just read came: for people to see. Policy hears only that it did."""
+        self.num_wire_bytes += stats.wire_bytes or stats.num_bytes
+        self.codecs[stats.codec] = self.codecs.get(stats.codec, 0) + 1
+        bytes_per_s = round(stats.num_bytes / stats.elapsed_s) if stats.elapsed_s else 0
+        self.links[peer] = {"codec": stats.codec, "why": stats.why, "bytes_per_s": bytes_per_s}
+        if rid in self._held:
+            self._held[rid].codec, self._held[rid].why = stats.codec, stats.why
+
     def ran(self, step: int, result: Result) -> None:
         """The executor is done with a step."""
         run = self._steps.pop(step)
@@ -241,7 +220,7 @@ class WorkerDriver:
                 self._ports.pull(order, Plan(source, target, np.array(self._expected(order), np.uint64)))
             case CancelPull(pull=pull):
                 self._ports.cancel_pull(pull)
-            case Drained():
+            case Drained() | LinkMeasured():
                 self._ports.report(order, b"")
             case _:
                 self._tell(order, b"")
@@ -373,6 +352,9 @@ class WorkerDriver:
                 "seconds": self.kv_seconds,
                 "transfers": self.num_transfers,
                 "failed": self.num_failed,
+                "wire_bytes": self.num_wire_bytes,
+                "codecs": self.codecs,
+                "links": self.links,
             },
         }
 

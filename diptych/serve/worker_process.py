@@ -23,7 +23,8 @@ from numpy.typing import NDArray
 from diptych.engine.executor import Sampling
 from diptych.errors import ProtocolError, TransferError
 from diptych.journal import Journal
-from diptych.policy.membership import Dismiss, Drain, Drained
+from diptych.linkrates import LinkRates
+from diptych.policy.membership import Dismiss, Drain, Drained, LinkMeasured
 from diptych.policy.messages import (
     Cancel,
     Emit,
@@ -45,7 +46,9 @@ from diptych.serve.compute import ComputeThread
 from diptych.serve.liveness import PULSE_S
 from diptych.serve.peers import Peers
 from diptych.serve.wire import Ask, Bye, Gone, Hello, Meet, Pulse, Ready, Refuse, Register, Report
-from diptych.serve.worker import ToPeer, WorkerDriver
+from diptych.serve.worker import WorkerDriver
+from diptych.serve.worker_ports import ToPeer
+from diptych.transfer.emulated import EmulatedTransport
 from diptych.transfer.reach import Transports
 from diptych.transfer.seam import Plan, Transfer, Transport
 
@@ -137,6 +140,7 @@ class WorkerProcess:
             block_size=spec.block_size,
             address=self._address,
             transport=self._transport.describe(),
+            token_bytes=self._parts.pool.layout.token_bytes,
             facts=facts_of(cluster, next(w for w in cluster.workers if w.name == self._name)),
         )
 
@@ -213,7 +217,7 @@ class WorkerProcess:
         else:
             self._loop.call_soon(self._on, PeerLost(peer))
 
-    def report(self, message: Emit | Finish | Drained, attachment: bytes) -> None:
+    def report(self, message: Emit | Finish | Drained | LinkMeasured, attachment: bytes) -> None:
         self._router.say(message, attachment)
 
     def checksum(self, blocks: NDArray[np.int32]) -> NDArray[np.uint64]:
@@ -225,19 +229,22 @@ class WorkerProcess:
             self._loop.call_soon(self._on, ReadFailed(order.pull, f"no connection to {order.peer}"))
             self._loop.call_soon(self._on, Settled(order.pull))
             return
+        plan = replace(plan, codec=self._orders.cluster.codec)
         self._reads[order.pull] = link.source.read(plan, READ_DEADLINE_S)
-        self._spawn(self._finish_read(order.pull))
+        self._spawn(self._finish_read(order))
 
     def cancel_pull(self, pull: int) -> None:
         if pull in self._reads:
             self._cancelled.add(pull)
             self._reads[pull].cancel()
 
-    async def _finish_read(self, pull: int) -> None:
+    async def _finish_read(self, order: Pull) -> None:
         """See one read to its end: the driver hears Read, or ReadFailed and then Settled."""
+        pull = order.pull
         transfer = self._reads[pull]
         try:
             stats = await transfer.done()
+            self._driver.travelled(order.rid, order.peer, stats)
             self._on(Read(pull, stats.num_bytes, stats.elapsed_s))
         except TransferError as error:
             if pull not in self._cancelled:
@@ -286,7 +293,16 @@ class WorkerProcess:
 
 
 def kv_transport(orders: process.Orders) -> Transport:
-    """What carries KV from and to this worker: shared memory on this host, TCP where there may be others."""
+    """What carries KV from and to this worker: shared memory on this host, TCP where there may be others.
+
+    As fast as it goes, unless links were asked for.
+    """
+    links, name = orders.cluster.links, orders.name
+    ways = _ways(orders)
+    return EmulatedTransport(ways, lambda peer: links.of(peer, name)) if links != LinkRates() else ways
+
+
+def _ways(orders: process.Orders) -> Transports:
     transport = orders.cluster.transport
     host = orders.host or ("127.0.0.1" if transport == "tcp" else None)
     return Transports(

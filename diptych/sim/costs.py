@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from math import isqrt
 from typing import Literal, Protocol
 
+from diptych.linkrates import LinkRates
 from diptych.sim.agenda import SECOND
 
 
@@ -56,14 +57,18 @@ class Link:
     """What KV travels over. Concurrent transfers on one link share it fairly.
 
     shared: who is on one link: each pair of workers, all that leaves a source, all that enters a target, or everyone.
+    rates: of pairs that have a link of their own, instead.
     """
 
     bytes_per_s: float = 25e9
     latency_s: float = 20e-6
     shared: Literal["pair", "source", "target", "all"] = "source"
+    rates: LinkRates = LinkRates()
 
     def key(self, source: str, target: str) -> tuple[str, str]:
         """Which link a transfer is on."""
+        if self.rates.of(source, target) is not None:
+            return source, target
         match self.shared:
             case "pair":
                 return source, target
@@ -73,6 +78,10 @@ class Link:
                 return "", target
             case _:
                 return "", ""
+
+    def rate(self, key: tuple[str, str]) -> float:
+        """Bytes per second of the link of that key."""
+        return (self.rates.of(*key) if all(key) else None) or self.bytes_per_s
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from diptych.policy.batching import WorkerSpec
-from diptych.policy.membership import Drained
+from diptych.policy.membership import Drained, LinkMeasured
 from diptych.policy.messages import (
     CancelPull,
     Emit,
@@ -109,6 +109,7 @@ class Simulation:
         self.fates = Fates(self)
         self._conditions = conditions or Calm(costs.message_s, costs.settle_s)
         self.reads = Reads(self, link, self._conditions, costs.kv_bytes_per_token)
+        self._token_bytes = costs.kv_bytes_per_token
         self._observer = observer
         self._bulk = bulk
         self._num_events = num_events
@@ -157,7 +158,7 @@ class Simulation:
     def introduce(self, machine: Machine) -> None:
         """The router hears that a worker is up."""
         spec = machine.spec
-        up = WorkerUp(spec.name, machine.incarnation, spec.role, spec.num_blocks, spec.block_size)
+        up = WorkerUp(spec.name, machine.incarnation, spec.role, spec.num_blocks, spec.block_size, self._token_bytes)
         if self.agenda.num_happened == 0:
             self.front.tell(up)  # the cluster stands before the first request
         else:
@@ -251,6 +252,8 @@ class Simulation:
                 self.reads.cancel(machine, pull)
             case Drained():
                 pass  # said after all else
+            case LinkMeasured():
+                self.report(machine, order)
             case _:
                 self._send(machine, order)
 

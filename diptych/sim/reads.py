@@ -97,7 +97,7 @@ class Reads:
 
     def _shared(self, link: LinkKey) -> SharedLink:
         if link not in self._links:
-            self._links[link] = SharedLink(self._link.bytes_per_s)
+            self._links[link] = SharedLink(self._link.rate(link))
         return self._links[link]
 
     def _plan(self, link: LinkKey) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 
 from diptych.errors import ConfigError
 from diptych.journal import Recording
-from diptych.policy.membership import Drain, LinkDown
+from diptych.policy.membership import Drain, LinkDown, LinkMeasured
 from diptych.policy.messages import (
     MAX_ATTEMPTS,
     Answer,
@@ -153,12 +153,16 @@ def rerun(recordings: Sequence[Recording]) -> list[Comparison]:
     made: dict[str, list[Message]] = defaultdict(list)
 
     def observe(now: float, name: str, event: Message, orders: Sequence[Message]) -> None:
-        made[name] += orders
+        if now <= record.end_s:  # leases that the record did not live to see end are no decisions of it
+            made[name] += orders
 
     simulation = Simulation(
         [record.headers[name].worker for name in record.workers],
         record.headers[ROUTER].router,
-        Costs(per_worker={name: RecordedSteps(record.step_durations(name)) for name in record.workers}),
+        Costs(
+            per_worker={name: RecordedSteps(record.step_durations(name)) for name in record.workers},
+            kv_bytes_per_token=record.token_bytes,
+        ),
         Link(),
         record.arrivals(),  # type: ignore[arg-type]  # Recorded stands in for Arrival
         conditions=RecordedConditions(record.delays()),
@@ -190,12 +194,15 @@ class Record:
             raise ConfigError("timers fired in this run (leases were extended); record one with a longer lease")
         self.num_events = sum(map(len, self._log.values()))
         router = self._log[ROUTER]
-        self.workers = [event.worker for _, event, _ in router if isinstance(event, WorkerUp)]
+        ups = [event for _, event, _ in router if isinstance(event, WorkerUp)]
+        self.workers = [up.worker for up in ups]
+        self.token_bytes = max((up.token_bytes for up in ups), default=0)
         self._submitted = [(t, event) for t, event, _ in router if isinstance(event, Submitted)]
         if not self._submitted:
             raise ConfigError("nothing was asked in this run")
         self._numbers = {event.request: i for i, (_, event) in enumerate(self._submitted)}
         self._begin = self._submitted[0][0] - 1.0
+        self.end_s = max(log[-1][0] for log in self._log.values() if log) - self._begin + 1.0
         places = [order for _, _, orders in router for order in orders if isinstance(order, Place)]
         self._first = {place.rid: place.num_tokens - place.num_prompt for place in places}  # each attempt's first token
 
@@ -264,6 +271,9 @@ class Record:
         arrived = self._arrivals_of_messages()
         for name, log in self._log.items():
             for now, _, orders in log:
+                for order in orders:
+                    if isinstance(order, LinkMeasured):  # of its own, and before what else is reported
+                        found[name, ROUTER].append(self._delay(arrived, name, ROUTER, order, now))
                 reports = [order for order in orders if isinstance(order, Emit | Finish)]
                 if reports:  # one frame
                     times = [t for o in reports if (t := self._take(arrived, name, ROUTER, o)) is not None]
@@ -292,7 +302,7 @@ class Record:
                     found[name, "first", event.rid].append(now)
                 elif isinstance(event, Finish | Failed):
                     found[name, event.worker, event.rid].append(now)
-                elif isinstance(event, (Place, Cancel, *PEER_MESSAGES)):
+                elif isinstance(event, (Place, Cancel, LinkMeasured, *PEER_MESSAGES)):
                     found[name, event].append(now)
         return found
 
@@ -303,7 +313,7 @@ class Record:
                 key: Any = (receiver, "first", order.rid) if is_first else None
             case Finish():
                 key = (receiver, order.worker, order.rid)
-            case Place() | Cancel():
+            case Place() | Cancel() | LinkMeasured():
                 key = (receiver, order)
             case _:
                 key = (receiver, replace(order, peer=sender))

@@ -16,7 +16,9 @@ from diptych.errors import LayoutMismatch, ProtocolError, TransferError
 from diptych.transfer import native
 from diptych.transfer.layout import Layout, Pieces
 from diptych.transfer.pool import Pool
-from diptych.transfer.seam import Plan, Stats
+from diptych.transfer.seam import Landed, Plan, Stats
+
+PART_BYTES = 1 << 20  # copied at once where somebody wants to hear of it
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,22 +62,31 @@ class Copy:
     moves: Moves
     cancel: native.Flag | None = None
 
-    def run(self) -> Stats:
+    def run(self, landed: Landed | None = None) -> Stats:
         """Copy and verify; TransferError if `cancel` was set on the way or a checksum differs.
 
         `Stats.elapsed_s` is the time of the copy itself, without any waiting before it.
         """
         started = time.perf_counter()
-        moves, sums = self.moves, self.moves.new_sums()
-        ids = moves.target_ids, moves.source_ids
-        if moves.pieces is None:
-            done = native.copy_blocks(self.target, self.source, *ids, sums, self.cancel)
-        else:
-            done = native.copy_pieces(self.target, self.source, *ids, moves.pieces, self.cancel)
-        if done < len(moves.target_ids):
-            raise TransferError(f"cancelled after {done} of {len(moves.target_ids)} blocks")
+        moves, sums, n = self.moves, self.moves.new_sums(), len(self.moves.target_ids)
+        step = n if landed is None else max(PART_BYTES // moves.block_bytes, 1)
+        for first in range(0, n, step or 1):
+            part = slice(first, min(first + step, n))
+            done = self._copy(part, None if sums is None else sums[part])
+            if done < part.stop:
+                raise TransferError(f"cancelled after {done} of {n} blocks")
+            if landed is not None:
+                landed((part.stop - first) * moves.block_bytes, started)
         moves.verify(sums)
         return Stats(moves.num_bytes, time.perf_counter() - started)
+
+    def _copy(self, part: slice, sums: NDArray[np.uint64] | None) -> int:
+        """Copy some blocks of the plan; returns how many of the whole are done."""
+        moves = self.moves
+        ids = moves.target_ids[part], moves.source_ids[part]
+        if moves.pieces is None:
+            return int(part.start) + native.copy_blocks(self.target, self.source, *ids, sums, self.cancel)
+        return int(part.start) + native.copy_pieces(self.target, self.source, *ids, moves.pieces, self.cancel)
 
 
 def prepare(source: Pool, target: Pool, plan: Plan, cancel: native.Flag | None = None) -> Copy:

@@ -1,7 +1,7 @@
 """The frames of a KV stream over TCP, after the introduction: fixed sizes, little-endian, indices and never addresses.
 
-    reader -> owner   REQUEST  magic, number of blocks, number of the request, layer range, head range; then int32 ids
-    owner -> reader   REPLY    magic, number of blocks, number of the request, bytes; then the blocks' bytes
+    reader -> owner   REQUEST  magic, blocks, number of the request, layer range, head range, codec; then int32 ids
+    owner -> reader   REPLY    magic, blocks, number of the request, bytes, nanoseconds of encoding; then the bytes
 
 Replies come in the order of the requests. A request is for a bounded number of blocks, so it is small, whatever its
 plan, and what is still on its way after an abort is bounded too. Nothing here waits or touches memory.
@@ -11,11 +11,13 @@ import struct
 from dataclasses import dataclass
 
 from diptych.errors import ProtocolError
+from diptych.transfer.seam import Codec
 
 MAX_BLOCKS = 1024  # of one request
-_REQUEST = struct.Struct("<IIQIIII")
-_REPLY = struct.Struct("<IIQQ")
-_MAGIC = 0x51445001
+_REQUEST = struct.Struct("<IIQIIIII")
+_REPLY = struct.Struct("<IIQQQ")
+_MAGIC = 0x51445002
+_CODECS: tuple[Codec, ...] = ("raw", "int8")
 REQUEST_BYTES, REPLY_BYTES = _REQUEST.size, _REPLY.size
 GOODBYE = b"\x04"  # on the watching connection: the owner is closing; finish what you read and hang up
 
@@ -30,34 +32,40 @@ class Request:
     num_blocks: int
     layers: Range
     heads: Range
+    codec: Codec = "raw"
 
 
 def encode_request(request: Request, ids: bytes) -> bytes:
     """A request with its ids (int32, little-endian)."""
     ranges = *(request.layers or (0, 0)), *(request.heads or (0, 0))
-    return _REQUEST.pack(_MAGIC, request.num_blocks, request.number, *ranges) + ids
+    codec = _CODECS.index(request.codec)
+    return _REQUEST.pack(_MAGIC, request.num_blocks, request.number, *ranges, codec) + ids
 
 
 def decode_request(head: bytes) -> Request:
     """The fixed part of a request. Raises ProtocolError; whether ids and ranges exist is the pool's and layout's."""
-    magic, num_blocks, number, *ranges = _REQUEST.unpack(head)
+    magic, num_blocks, number, *ranges, codec = _REQUEST.unpack(head)
     if magic != _MAGIC:
         raise ProtocolError("a request does not begin like one")
     if not 1 <= num_blocks <= MAX_BLOCKS:
         raise ProtocolError(f"a request for {num_blocks} blocks; 1 to {MAX_BLOCKS} are allowed")
-    return Request(number, num_blocks, _range(*ranges[:2]), _range(*ranges[2:]))
+    if codec >= len(_CODECS):
+        raise ProtocolError(f"a request for codec {codec}, which is not known")
+    return Request(number, num_blocks, _range(*ranges[:2]), _range(*ranges[2:]), _CODECS[codec])
 
 
 def _range(first: int, end: int) -> Range:
     return (first, end) if first or end else None
 
 
-def encode_reply(number: int, num_blocks: int, num_bytes: int) -> bytes:
+def encode_reply(number: int, num_blocks: int, num_bytes: int, encode_s: float = 0.0) -> bytes:
     """What comes before a reply's bytes."""
-    return _REPLY.pack(_MAGIC, num_blocks, number, num_bytes)
+    return _REPLY.pack(_MAGIC, num_blocks, number, num_bytes, int(encode_s * 1e9))
 
 
-def check_reply(head: bytes, number: int, num_blocks: int, num_bytes: int) -> None:
-    """Raise ProtocolError unless it is the reply that is due."""
-    if head != encode_reply(number, num_blocks, num_bytes):
+def check_reply(head: bytes, number: int, num_blocks: int, num_bytes: int) -> float:
+    """Seconds that encoding took; raises ProtocolError unless it is the reply that is due."""
+    *said, encode_ns = _REPLY.unpack(head)
+    if said != [_MAGIC, num_blocks, number, num_bytes]:
         raise ProtocolError(f"what came is not the reply to request {number} ({num_blocks} blocks, {num_bytes} bytes)")
+    return float(encode_ns) / 1e9

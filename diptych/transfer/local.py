@@ -76,7 +76,7 @@ class LocalTransport:
             self._peers.discard(peer)
 
         peer = ThreadedPeer(
-            name, "local", source.pool.layout, partial(copying.prepare, source.pool, self.pool), release
+            name, source.worker, "local", source.pool.layout, partial(copying.prepare, source.pool, self.pool), release
         )
         source._readers.add(peer)
         self._peers.add(peer)

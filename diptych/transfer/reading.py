@@ -21,7 +21,7 @@ import numpy as np
 from diptych.errors import DiptychError, PeerLost, TransferError
 from diptych.transfer import native
 from diptych.transfer.layout import Layout
-from diptych.transfer.seam import Lane, Plan, Stats
+from diptych.transfer.seam import Landed, Lane, Plan, Stats
 
 log = logging.getLogger(__name__)
 
@@ -29,8 +29,8 @@ log = logging.getLogger(__name__)
 class Work(Protocol):
     """A checked read. `run` blocks the thread that it is lent; a flag given before makes it stop soon, and raise."""
 
-    def run(self) -> Stats:
-        """Move and verify the bytes; raises a TransferError."""
+    def run(self, landed: Landed | None = None) -> Stats:
+        """Move and verify the bytes; raises a TransferError. `landed` hears of each part as soon as it is here."""
 
 
 class ThreadedRead:
@@ -63,13 +63,13 @@ class ThreadedRead:
         """Ask to stop. The outcome is decided at once; the blocks are free again only when `settled`."""
         self.fail(TransferError(f"read from {self._name} cancelled"))
 
-    def start(self, work: Work, thread: ThreadPoolExecutor, deadline_s: float) -> None:
+    def start(self, work: Work, thread: ThreadPoolExecutor, deadline_s: float, landed: Landed | None = None) -> None:
         """Queue the work; from here on the deadline runs."""
         if deadline_s <= 0:
             self.fail(self._too_late(deadline_s))
             return
         self._timer = self._loop.call_later(deadline_s, lambda: self.fail(self._too_late(deadline_s)))
-        self._job = thread.submit(self._work, work)
+        self._job = thread.submit(self._work, work, landed)
 
     def fail(self, error: DiptychError) -> None:
         """Decide for failure, unless decided already, and stop the work at its next block."""
@@ -83,11 +83,11 @@ class ThreadedRead:
     def _too_late(self, deadline_s: float) -> TransferError:
         return TransferError(f"deadline of {deadline_s:g} s passed while reading from {self._name}")
 
-    def _work(self, work: Work) -> None:
+    def _work(self, work: Work, landed: Landed | None) -> None:
         """In the thread. However it ends, the loop hears of it: a read that never settles leaks blocks."""
         outcome: Stats | DiptychError
         try:
-            outcome = work.run()
+            outcome = work.run(landed)
         except DiptychError as error:
             outcome = error
         except Exception as error:  # e.g. MemoryError: still a failed read, not a silent one
@@ -122,12 +122,13 @@ class ThreadedPeer:
     """A source of blocks, and a thread that reads from it. Reads of one peer go in order.
 
     `prepare` checks a plan and makes the work of it. `release` is called once, when the peer is lost or closed: it
-    drops the mapping and the connection.
+    drops the mapping and the connection. `pace`, where it is set, makes what a read's `landed` is (`emulated.py`).
     """
 
     def __init__(
         self,
         name: str,
+        worker: str,
         lane: Lane,
         layout: Layout,
         prepare: Callable[[Plan, native.Flag], Work],
@@ -135,13 +136,14 @@ class ThreadedPeer:
         interrupt: Callable[[], None] = lambda: None,
         thread: ThreadPoolExecutor | None = None,
     ) -> None:
-        self.name, self.lane, self.layout = name, lane, layout
+        self.name, self.worker, self.lane, self.layout = name, worker, lane, layout
         self.lost: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self._prepare, self._interrupt = prepare, interrupt
         self._release: Callable[[], None] | None = release
         self._gone: str | None = None  # why no new read is taken
         self._under_way: set[ThreadedRead] = set()
         self._thread = thread or new_thread(name)
+        self.pace: Callable[[native.Flag], Landed] | None = None
 
     def read(self, plan: Plan, deadline_s: float) -> ThreadedRead:
         """Start a read. Never raises: a bad plan or a lost peer fails the transfer, which is settled at once."""
@@ -155,7 +157,7 @@ class ThreadedPeer:
             return transfer
         self._under_way.add(transfer)
         transfer.left.add_done_callback(lambda _: self._settled(transfer))
-        transfer.start(work, self._thread, deadline_s)
+        transfer.start(work, self._thread, deadline_s, self.pace(transfer.flag) if self.pace else None)
         return transfer
 
     def leave(self, reason: str) -> None:

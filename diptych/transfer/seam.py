@@ -6,6 +6,7 @@ requests, leases or scheduling.
 """
 
 import asyncio
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -16,6 +17,9 @@ from diptych.transfer.layout import Layout
 from diptych.transfer.pool import Pool
 
 Lane = Literal["local", "shm", "tcp"]
+Codec = Literal["raw", "int8"]
+Wish = Literal["raw", "int8", "auto"]
+Landed = Callable[[int, float], None]  # so many bytes are here, that began to come at that `perf_counter`
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +28,8 @@ class Plan:
 
     source, target: int32 [n] block ids. checksums: uint64 [n] as computed at the source, or None to skip verifying.
     layers: (first, end) of a layer range, heads: (first, end) of a KV-head range; None means all of them. Checksums
-    cover whole blocks, so a plan that reads part of a block carries none.
+    cover whole blocks, so a plan that reads part of a block carries none. codec: how the blocks should travel where
+    that takes a wire: "raw", "int8" (not what was computed, but close: `codec.py`), or "auto", int8 where it is faster.
     """
 
     source: NDArray[np.int32]
@@ -32,14 +37,21 @@ class Plan:
     checksums: NDArray[np.uint64] | None = None
     layers: tuple[int, int] | None = None
     heads: tuple[int, int] | None = None
+    codec: Wish = "raw"
 
 
 @dataclass(frozen=True, slots=True)
 class Stats:
-    """What a finished read cost."""
+    """What a finished read cost: bytes of KV, and seconds in all.
+
+    codec: how they travelled, and `why`; `wire_bytes` is what then travelled.
+    """
 
     num_bytes: int
     elapsed_s: float
+    codec: Codec = "raw"
+    wire_bytes: int = 0
+    why: str = ""
 
 
 class Transfer(Protocol):

@@ -13,14 +13,17 @@ import contextlib
 import logging
 import socket
 import threading
+import time
 
 import numpy as np
+from numpy.typing import NDArray
 
 from diptych.errors import DiptychError, ProtocolError
-from diptych.transfer import frames
+from diptych.transfer import codec, frames
+from diptych.transfer.codec import Staging
 from diptych.transfer.introduction import Purpose, meet
 from diptych.transfer.listening import Listener
-from diptych.transfer.native import sockets
+from diptych.transfer.native import int8, sockets
 from diptych.transfer.pool import Pool
 
 log = logging.getLogger(__name__)
@@ -121,8 +124,9 @@ class BlockServer:
 
     def _work(self, sock: socket.socket) -> None:
         """A reader's thread. Only the loop closes the socket: its number must not be another's while we use it."""
+        staging = Staging(codec.rows_of(self._pool.layout))
         try:
-            while answer(sock, self._pool):
+            while answer(sock, self._pool, staging):
                 pass
         except OSError as error:
             log.info("a KV reader is gone: %s", error)
@@ -132,7 +136,7 @@ class BlockServer:
             self._loop.call_soon_threadsafe(self._forget, sock)
 
 
-def answer(sock: socket.socket, pool: Pool) -> bool:
+def answer(sock: socket.socket, pool: Pool, staging: Staging) -> bool:
     """Answer one request on a blocking socket; False where the reader hung up between two.
 
     Raises OSError, and ProtocolError for what is not a request, or is for what is not there.
@@ -145,10 +149,33 @@ def answer(sock: socket.socket, pool: Pool) -> bool:
     if len(ids) != request.num_blocks:
         raise ProtocolError("a request ended before its block ids")
     whole = request.layers is None and request.heads is None
+    if request.codec == "int8":
+        if not whole:
+            raise ProtocolError("a request for parts of blocks as int8: only whole ones can be encoded")
+        _send_encoded(sock, request, pool, ids, staging)
+        return True
     pieces = None if whole else pool.layout.pieces(request.layers, request.heads)
     payload = sockets.batch(pool.view, ids, pieces)
     sockets.send(sock, frames.encode_reply(request.number, request.num_blocks, payload.num_bytes), payload)
     return True
+
+
+def _send_encoded(
+    sock: socket.socket, request: frames.Request, pool: Pool, ids: NDArray[np.int32], staging: Staging
+) -> None:
+    """Encode and send, as much at a time as the staging memory holds; a reader that asks for a batch gets one."""
+    shape = staging.shape
+    if shape is None:
+        raise ProtocolError("a request for int8, and these blocks are not rows of floats")
+    num_bytes, step = request.num_blocks * shape.encoded_bytes, staging.room
+    for first in range(0, len(ids), step):
+        part = ids[first : first + step]
+        began = time.perf_counter()
+        encoded = staging.take(len(part))
+        int8.encode(pool.view, part, shape, encoded)
+        spent_s = (time.perf_counter() - began) * len(ids) / len(part)
+        head = frames.encode_reply(request.number, request.num_blocks, num_bytes, spent_s) if first == 0 else b""
+        sockets.send(sock, head, sockets.batch(encoded, np.arange(len(part), dtype=np.int32), None))
 
 
 def _take(sock: socket.socket, num_bytes: int) -> bytes:

@@ -78,7 +78,7 @@ class ShmTransport:
         except BaseException:
             sock.close()
             raise
-        return self._meet(name, source, sock)
+        return self._meet(name, said.worker, source, sock)
 
     def _check(self, data: bytes) -> Description:
         said = description.decode(data, "shm")
@@ -87,13 +87,14 @@ class ShmTransport:
             raise ProtocolError(f"worker {said.worker} gave no absolute socket path: {said.path!r}")
         return said
 
-    def _meet(self, name: str, source: Pool, sock: socket.socket) -> ThreadedPeer:
+    def _meet(self, name: str, worker: str, source: Pool, sock: socket.socket) -> ThreadedPeer:
         def release() -> None:
             watch.stop()
             source.close()
             self._peers.discard(peer)
 
-        peer = ThreadedPeer(name, "shm", source.layout, partial(copying.prepare, source, self.pool), release)
+        prepare = partial(copying.prepare, source, self.pool)
+        peer = ThreadedPeer(name, worker, "shm", source.layout, prepare, release)
         watch = _Watch(sock, peer)
         self._peers.add(peer)
         return peer

@@ -26,13 +26,16 @@ from numpy.typing import NDArray
 
 from diptych.errors import PeerLost, ProtocolError, TransferError
 from diptych.transfer import copying, frames, native
+from diptych.transfer.codec import STAGING_BYTES, Choice, Chooser, Staging, rows_of
 from diptych.transfer.copying import Moves
-from diptych.transfer.native import sockets
+from diptych.transfer.native import int8, sockets
 from diptych.transfer.pool import Pool
-from diptych.transfer.seam import Plan, Stats
+from diptych.transfer.seam import Landed, Plan, Stats
 
 WINDOW = 2  # batches asked for and not yet here
-BATCH_BYTES = 8 << 20  # a request costs tens of microseconds on both sides; an abort leaves WINDOW times this to drain
+BATCH_BYTES = (
+    STAGING_BYTES  # a request costs tens of microseconds on both sides; an abort leaves WINDOW times this to drain
+)
 _SCRATCH_BYTES = 256 << 10
 
 Lost = Callable[[str], None]
@@ -41,32 +44,50 @@ Lost = Callable[[str], None]
 class Fetch:
     """One plan, as work for the stream's thread."""
 
-    def __init__(self, stream: "Stream", target: Pool, moves: Moves, plan: Plan, flag: native.Flag):
+    def __init__(self, stream: "Stream", target: Pool, moves: Moves, plan: Plan, flag: native.Flag, choice: Choice):
         self._stream, self._target, self._plan = stream, target, plan
-        self.moves, self.flag = moves, flag
+        self.moves, self.flag, self.choice = moves, flag, choice
         self.sums = moves.new_sums()
         self.num_left = 0  # batches that have not landed
+        self.wire_bytes = 0
+        self.wire_s = self.codec_s = 0.0
 
-    def run(self) -> Stats:
+    def run(self, landed: Landed | None = None) -> Stats:
         """Receive and verify; raises PeerLost, ProtocolError, TransferError (cancelled, checksum).
 
         `Stats.elapsed_s` begins when this read's turn comes; what was asked for ahead may be here by then.
         """
         started = time.perf_counter()
-        self._stream.land(self)
+        self._stream.land(self, landed)
         self.moves.verify(self.sums)
-        return Stats(self.moves.num_bytes, time.perf_counter() - started)
+        elapsed_s = time.perf_counter() - started
+        return Stats(self.moves.num_bytes, elapsed_s, self.choice.codec, self.wire_bytes, self.choice.why)
 
-    def batches(self) -> Iterator["Batch"]:
+    def batches(self, staging: Staging) -> Iterator["Batch"]:
         """The plan in parts of bounded size."""
-        moves, n = self.moves, len(self.moves.target_ids)
+        moves, n, encoded = self.moves, len(self.moves.target_ids), self.choice.codec == "int8"
         step = min(max(1, BATCH_BYTES // moves.block_bytes), frames.MAX_BLOCKS)
         for first in range(0, n, step):
             part = slice(first, min(first + step, n))
-            landing = sockets.batch(self._target.view, moves.target_ids[part], moves.pieces)
+            count = part.stop - first
+            if encoded:
+                landing = sockets.batch(staging.take(count), np.arange(count, dtype=np.int32), None)
+            else:
+                landing = sockets.batch(self._target.view, moves.target_ids[part], moves.pieces)
             sums = None if self.sums is None else self.sums[part]
             self.num_left += 1
-            yield Batch(self, landing, moves.source_ids[part], sums, self._plan.layers, self._plan.heads)
+            ids = moves.source_ids[part], moves.target_ids[part]
+            yield Batch(self, landing, *ids, sums, self._plan.layers, self._plan.heads)
+
+    def decode(self, batch: "Batch", shape: int8.Rows) -> None:
+        """Put blocks that came encoded where they belong; raises TransferError for damaged ones, and if cancelled."""
+        began = time.perf_counter()
+        where = batch.landing.blocks, self._target.view, batch.target_ids
+        done = int8.decode(*where, shape, batch.sums, self.flag)
+        if done < len(batch.target_ids):
+            cancelled = "cancelled before decoding" if self.flag[0] else "checksum of what travelled differs for"
+            raise TransferError(f"{cancelled} the peer's block {batch.source_ids[done]}")
+        self.codec_s += time.perf_counter() - began
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,13 +97,15 @@ class Batch:
     fetch: Fetch
     landing: sockets.Batch
     source_ids: native.Ids
+    target_ids: native.Ids
     sums: NDArray[np.uint64] | None
     layers: frames.Range
     heads: frames.Range
 
     def request(self, number: int) -> bytes:
         """As bytes."""
-        asked = frames.Request(number, len(self.source_ids), self.layers, self.heads)
+        codec = self.fetch.choice.codec
+        asked = frames.Request(number, len(self.source_ids), self.layers, self.heads, codec)
         return frames.encode_request(asked, self.source_ids.astype("<i4").tobytes())
 
 
@@ -108,14 +131,19 @@ class Stream:
         self._outgoing = b""
         self._head = sockets.batch(np.zeros((1, frames.REPLY_BYTES), dtype=np.uint8), _FIRST, None)
         self._scratch: native.Blocks | None = None
+        self._staging = Staging(rows_of(target.layout))
+        self.chooser = Chooser(self._staging.shape)
+        self._began = 0.0  # when the first reply's bytes began to come
         self._at = -frames.REPLY_BYTES  # bytes of the first reply that are here; below 0: of its head
 
     # --- on the event loop ----------------------------------------------------------------------------------------
 
     def prepare(self, plan: Plan, flag: native.Flag) -> Fetch:
         """Check a plan and queue its requests. Raises what `copying.check` does."""
-        fetch = Fetch(self, self._target, copying.check(self._num_blocks, self._target, plan), plan, flag)
-        self._planned.extend(fetch.batches())
+        moves = copying.check(self._num_blocks, self._target, plan)
+        choice = self.chooser.choose(plan.codec, moves.num_bytes, moves.pieces is None)
+        fetch = Fetch(self, self._target, moves, plan, flag, choice)
+        self._planned.extend(fetch.batches(self._staging))
         self._nudge()
         return fetch
 
@@ -139,14 +167,18 @@ class Stream:
 
     # --- in the thread --------------------------------------------------------------------------------------------
 
-    def land(self, fetch: Fetch) -> None:
+    def land(self, fetch: Fetch, landed: Landed | None) -> None:
         """Receive until all of a fetch is here. Raises PeerLost, ProtocolError, TransferError (cancelled)."""
         with self._breaking():
             while fetch.num_left:
                 if fetch.flag[0]:
                     raise TransferError(f"cancelled with {fetch.num_left} requests to go")
                 self._ask()
-                self._advance(fetch, fetch.flag)
+                self._advance(fetch, fetch.flag, landed)
+        if fetch.wire_s:
+            self.chooser.crossed(fetch.wire_bytes, fetch.wire_s)
+        if fetch.codec_s:
+            self.chooser.coded(fetch.moves.num_bytes, fetch.codec_s)
 
     def _drain(self) -> None:
         """Receive what nobody wants any more, so that the source can go on."""
@@ -196,7 +228,7 @@ class Stream:
             with contextlib.suppress(BlockingIOError):
                 self._outgoing = self._outgoing[self._sock.send(self._outgoing, socket.MSG_NOSIGNAL) :]
 
-    def _advance(self, fetch: Fetch | None, flag: native.Flag) -> None:
+    def _advance(self, fetch: Fetch | None, flag: native.Flag, landed: Landed | None = None) -> None:
         """Receive some of the reply that is due: into its blocks if it is this fetch's, else into scratch memory."""
         if self._outgoing:  # the peer takes no requests now: wait for either direction
             sockets.readable(self._sock, self._wake, writing=True)
@@ -209,15 +241,31 @@ class Stream:
             if self._at < 0:
                 return
             head = self._head.blocks.tobytes()
-            frames.check_reply(head, number, len(batch.source_ids), batch.landing.num_bytes)
+            encode_s = frames.check_reply(head, number, len(batch.source_ids), batch.landing.num_bytes)
+            batch.fetch.codec_s += encode_s
+            self._began = time.perf_counter()
         if batch.fetch is fetch:
-            self._at = sockets.receive(self._sock, self._wake, batch.landing, self._at, batch.sums, flag)
+            sums = batch.sums if batch.fetch.choice.codec == "raw" else None
+            self._at = sockets.receive(self._sock, self._wake, batch.landing, self._at, sums, flag)
         else:
             self._at += self._discard(batch.landing.num_bytes - self._at, flag)
         if self._at == batch.landing.num_bytes:
             self._asked.popleft()
             self._at = -frames.REPLY_BYTES
             batch.fetch.num_left -= 1
+            if batch.fetch is fetch:
+                self._landed(fetch, batch, landed)
+
+    def _landed(self, fetch: Fetch, batch: Batch, landed: Landed | None) -> None:
+        """All of a reply is here."""
+        num_bytes = batch.landing.num_bytes
+        if landed is not None:
+            landed(num_bytes, self._began)
+        fetch.wire_bytes += num_bytes
+        fetch.wire_s += time.perf_counter() - self._began
+        if fetch.choice.codec == "int8":
+            assert self._staging.shape is not None
+            fetch.decode(batch, self._staging.shape)
 
     def _discard(self, limit: int, flag: native.Flag) -> int:
         """Receive at most `limit` unwanted bytes; returns how many came."""

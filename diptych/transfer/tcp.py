@@ -116,7 +116,7 @@ class TcpTransport:
                 loop.call_soon_threadsafe(peer.lose, why)
 
         stream = Stream(reading, said.num_blocks, self.pool, thread, name, broke)
-        peer = ThreadedPeer(name, "tcp", said.layout, stream.prepare, release, stream.interrupt, thread)
+        peer = ThreadedPeer(name, said.worker, "tcp", said.layout, stream.prepare, release, stream.interrupt, thread)
         loop.add_reader(watching, partial(_hear, watching, peer))
         self._peers.add(peer)
         return peer

@@ -41,6 +41,7 @@ def library() -> ctypes.CDLL | None:
     lib.diptych_checksum_blocks.argtypes = [pointer, pointer, size, size, pointer]
     lib.diptych_checksum_blocks.restype = None
     _declare_sockets(lib)
+    _declare_int8(lib)
     return lib
 
 
@@ -52,6 +53,27 @@ def _declare_sockets(lib: ctypes.CDLL) -> None:
     lib.diptych_receive.argtypes = [descriptor, descriptor, *[pointer] * 2, size, size, *[pointer] * 2, size]
     lib.diptych_receive.argtypes += [size, pointer, pointer]  # at, sums, cancel
     lib.diptych_receive.restype = size
+
+
+def _declare_int8(lib: ctypes.CDLL) -> None:
+    """For `int8.py`."""
+    pointer, size, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+    lib.diptych_encode_int8.argtypes = [pointer, size, pointer, pointer, size, size, number, size, size]
+    lib.diptych_encode_int8.restype = None
+    lib.diptych_decode_int8.argtypes = [
+        pointer,
+        size,
+        pointer,
+        pointer,
+        size,
+        size,
+        number,
+        size,
+        size,
+        pointer,
+        pointer,
+    ]
+    lib.diptych_decode_int8.restype = size
 
 
 def available() -> bool:

@@ -153,3 +153,4 @@ void diptych_checksum_blocks(const uint8_t *blocks, const int32_t *ids, int64_t 
 }  // extern "C"
 
 #include "sockets.h"  // one library: what lands from a socket is summed by the same routine
+#include "codec.h"
