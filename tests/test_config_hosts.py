@@ -56,7 +56,16 @@ def test_a_guest_is_what_the_cluster_says_unless_it_says_otherwise(tmp_path: Pat
     assert (plain.chunk, plain.kv_bytes) == (64, 1 << 20)
 
 
-@pytest.mark.parametrize("flags", [{"transport": "pigeon"}, {"drain_timeout": -1.0}, {"drain_timeout": float("nan")}])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {"transport": "pigeon"},
+        {"drain_timeout": -1.0},
+        {"drain_timeout": float("nan")},
+        {"stuck": 0.5},
+        {"stuck": float("nan")},
+    ],
+)
 def test_what_makes_no_sense_is_refused(flags: dict[str, object]) -> None:
     with pytest.raises(ConfigError):
         load_cluster(None, flags)

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import os
 import socket
 import struct
 from collections.abc import AsyncIterator, Callable
@@ -271,3 +272,31 @@ def test_addresses() -> None:
     for wrong in ("", "host", "host:", ":7000", "host:x", "host:70000", "host:²"):
         with pytest.raises(ProtocolError):
             split_host(wrong)
+
+
+def test_the_kernel_says_who_is_at_the_other_end_of_a_unix_socket(tmp_path: Path) -> None:
+    async def run() -> None:
+        ends: list[Channel] = []
+        lost: list[str] = []
+        server = await listen(f"unix:{tmp_path}/sock", KEY, "you", lambda channel, hello: ends.append(channel))
+        near = await call(f"unix:{tmp_path}/sock", KEY, ME, ends.append)
+        assert [end.pid for end in ends] == [os.getpid()] * 2
+        near.lost = lost.append
+        near.drop("it hangs")
+        async with asyncio.timeout(5):
+            while not lost:
+                await asyncio.sleep(0.001)
+        assert lost == ["it hangs"] and near.pid == 0
+        server.close()
+
+    asyncio.run(run())
+
+
+def test_of_who_comes_over_tcp_no_process_is_known() -> None:
+    async def run() -> None:
+        async with serving() as server:
+            far = await call(f"tcp:127.0.0.1:{server.port}", KEY, ME, lambda channel: None)
+            assert far.pid == server.channels[0].pid == 0
+            far.close()
+
+    asyncio.run(run())

@@ -24,7 +24,9 @@ def test_token_ids_alone_cost_four_bytes_each() -> None:
     assert unpack_emit(0, b"") == ([], NO_EXTRA)
 
 
-@pytest.mark.parametrize("extra", [Extra(16), Extra(0, (SCORE,)), Extra(32, (SCORE,), (SCORE, SCORE))])
+@pytest.mark.parametrize(
+    "extra", [Extra(16), Extra(0, (SCORE,)), Extra(32, (SCORE,), (SCORE, SCORE)), Extra(again=(0, 0))]
+)
 def test_what_is_known_of_tokens_travels_behind_them(extra: Extra) -> None:
     assert unpack_emit(1, memoryview(pack_emit(pack_ids([9]), extra))) == ([9], extra)
 
