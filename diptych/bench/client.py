@@ -264,7 +264,9 @@ class Connection(asyncio.Protocol):
             return False
         status, *lines = head.lower().split(b"\r\n")
         headers = {line.partition(b":")[0]: line.partition(b":")[2].strip() for line in lines}
-        self._status = int(status.split(b" ", 2)[1])
+        self._status = int(status.split(b" ", 2)[1]) if status.startswith(b"http/1.") else 0
+        if not self._status:
+            raise ValueError(f"{status[:40]!r} is no status line")
         self.reusable = self.reusable and headers.get(b"connection") != b"close"
         self._data = rest
         if headers.get(b"transfer-encoding") == b"chunked":

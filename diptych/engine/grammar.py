@@ -13,6 +13,13 @@ from numpy.typing import NDArray
 from diptych.errors import ConfigError
 
 
+def limits() -> Any:
+    """What a grammar may cost before its first token: nobody else's step waits for seconds."""
+    from llguidance import LLParserLimits
+
+    return LLParserLimits(initial_lexer_fuel=100_000, verbose_errors=False)
+
+
 class Grammars:
     """Makes matchers for one model's tokens. Reading its tokenizer takes a second for a large vocabulary."""
 
@@ -23,13 +30,13 @@ class Grammars:
             raise ConfigError(f"llguidance cannot be imported ({error}); install diptych[structured]") from error
         text = (folder / "tokenizer.json").read_text()
         self._tokenizer: Any = LLTokenizer(text, n_vocab=vocab, eos_token=list(stop_ids) or None)
-        self._vocab = vocab
+        self._vocab, self._limits = vocab, limits()
 
     def matcher(self, grammar: str) -> "Matcher":
         """A matcher at the beginning of an answer."""
         from llguidance import LLMatcher
 
-        return Matcher(LLMatcher(self._tokenizer, grammar), self._vocab)
+        return Matcher(LLMatcher(self._tokenizer, grammar, limits=self._limits), self._vocab)
 
 
 class Matcher:

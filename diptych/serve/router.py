@@ -42,7 +42,9 @@ from diptych.serve.wire import Deliver, Ticket, check_ids, pack, unpack_emit, un
 
 log = logging.getLogger(__name__)
 
-_GAVE_UP = (Reason.PEER_LOST, Reason.REFUSED, Reason.WORKER_LOST)
+# The last two are not heard of a present attempt, unless a worker or its peer is broken.
+_GAVE_UP = (Reason.PEER_LOST, Reason.REFUSED, Reason.WORKER_LOST, Reason.CANCELLED, Reason.SUPERSEDED)
+_BY_HALVES = (Reason.HANDED_OVER, Reason.EXPIRED)
 
 
 class Ports(Protocol):
@@ -191,7 +193,7 @@ class RouterDriver:
             if message.count < 1 or message.first + message.count > open_.max_new:
                 raise ProtocolError(f"tokens {message.first} and {message.count} more of an answer of {open_.max_new}")
             check_ids(unpack_ids(ids[: 4 * message.count]), self._vocab_size)
-        elif message.worker != worker or (message.reason in WELL and not _ends(message.reason, open_.max_new)):
+        elif message.worker != worker or not _ends(message.reason, open_):
             raise ProtocolError(f"{worker} says that {message.worker} ended with {message.reason}")
 
     def _emitted(self, worker: str, request: int, open_: Open, message: Emit, attachment: bytes) -> None:
@@ -257,6 +259,8 @@ class RouterDriver:
                 self._ports.deliver(open_.client, Deliver(request, "", status, why), b"")
 
 
-def _ends(reason: Reason, max_new: int) -> bool:
+def _ends(reason: Reason, open_: Open) -> bool:
     """An answer can end for that reason: one that is written by its tokens, one that is not by its prompt."""
-    return (reason == Reason.COMPUTED) == (max_new == 0)
+    if reason in WELL:
+        return (reason == Reason.COMPUTED) == (open_.max_new == 0)
+    return reason not in _BY_HALVES or len(open_.holders) > 1

@@ -9,6 +9,7 @@ from typing import Any
 
 import msgspec
 
+from diptych.engine.grammar import limits
 from diptych.errors import BadRequest
 from diptych.serve.frontend import ModelCard
 from diptych.serve.openai import Call
@@ -42,7 +43,7 @@ def grammar_of(call: Call, card: ModelCard, calls: str = "") -> str:
     grammar: str = _grammar(LLMatcher, param, kind, wish)
     if len(grammar.encode()) > MAX_BYTES:
         raise BadRequest(f"'{param}' makes a grammar of more than {MAX_BYTES} bytes", param)
-    wrong = LLMatcher.validate_grammar(grammar, None)
+    wrong = LLMatcher.validate_grammar(grammar, None, limits=limits())
     if wrong:
         raise BadRequest(f"'{param}': {wrong.strip()}", param)
     return grammar
