@@ -1,4 +1,4 @@
-"""How much of a transfer a prompt hides, what running answers notice of it, and what a conversation need not send again.
+"""How much of a transfer a prompt hides, what running answers notice, and what a conversation need not send again.
 
     python benchmarks/overlap.py [--ratios 0.5,1,2] [--prompts 12] [--chunks 16] [--out FILE] [--markdown]
 
@@ -162,7 +162,7 @@ async def _prompts(supervisor: Supervisor, num_prompts: int) -> None:
 
 
 def ideal(num_pieces: int, ratio: float) -> float:
-    """The share that a pipeline of equal pieces exposes: each is sent when it is computed and the one before is over."""
+    """The share that a pipeline of equal pieces exposes: each is sent once it is computed and the last one is over."""
     computed = sent = 0.0
     for _ in range(num_pieces):
         computed += 1 / num_pieces
