@@ -1,4 +1,4 @@
-"""How much of a transfer a prompt hides, what running answers notice of it, what a conversation need not send.
+"""How much of a transfer a prompt hides, what running answers notice, and what a conversation need not send again.
 
     python benchmarks/overlap.py [--ratios 0.5,1,2] [--prompts 12] [--chunks 16] [--out FILE] [--markdown]
 

@@ -21,6 +21,7 @@ from diptych.transfer.seam import Codec, Wish
 STAGING_BYTES = 8 << 20  # raw bytes of what is encoded at once
 MIN_BYTES = 64 << 10  # of KV; less is not worth a thought, nor fit to be measured
 _WEIGHT = 0.25  # of the newest measurement
+_GAIN = 0.02  # of the time that raw takes: for less, what is exact is not given up
 _PROBES = 3  # int8 reads before the codec's speed is believed
 _PROBE_EVERY = 256  # reads, after that: what was slow on a busy machine need not stay so
 
@@ -91,7 +92,7 @@ class Chooser:
         saved_s = self.saved_bytes(num_bytes) / self.link_bytes_per_s
         spent_s = num_bytes * self.codec_s_per_byte
         said = f"saves {saved_s * 1e3:.3g} ms at {self.link_bytes_per_s / 1e9:.3g} GB/s, costs {spent_s * 1e3:.3g} ms"
-        return Choice("int8" if saved_s > spent_s else "raw", said)
+        return Choice("int8" if saved_s - spent_s > _GAIN * num_bytes / self.link_bytes_per_s else "raw", said)
 
     def saved_bytes(self, num_bytes: int) -> float:
         """Bytes that need not travel where so many do as int8."""

@@ -16,6 +16,12 @@ constexpr int32_t MAGIC_BITS = 0x4B400000;
 ALWAYS_INLINE float as_float(uint32_t bits) { float f; memcpy(&f, &bits, 4); return f; }
 ALWAYS_INLINE uint32_t as_bits(float f) { uint32_t bits; memcpy(&bits, &f, 4); return bits; }
 
+// One of two, without a branch: loops of it become vectors.
+ALWAYS_INLINE uint32_t pick(bool which, uint32_t yes, uint32_t no) {
+    const uint32_t mask = 0u - (uint32_t)which;
+    return (yes & mask) | (no & ~mask);
+}
+
 struct Float32 {
     typedef uint32_t Item;
     ALWAYS_INLINE uint32_t widen(Item item) { return item; }
@@ -31,17 +37,17 @@ struct BFloat16 {
 struct Float16 {
     typedef uint16_t Item;
     ALWAYS_INLINE uint32_t widen(Item item) {
-        const uint32_t magnitude = ((uint32_t)item & 0x7FFF) << 13;
+        const int32_t magnitude = ((int32_t)item & 0x7FFF) << 13;
         const uint32_t finite = as_bits(as_float(magnitude) * as_float(0x77800000));  // times 2^112; subnormals too
-        return (magnitude >= 0x0F800000 ? magnitude | 0x7F800000 : finite) | ((uint32_t)item & 0x8000) << 16;
+        return pick(magnitude >= 0x0F800000, magnitude | 0x7F800000, finite) | ((uint32_t)item & 0x8000) << 16;
     }
     ALWAYS_INLINE Item narrow(uint32_t bits) {
-        const uint32_t magnitude = bits & 0x7FFFFFFF;
+        const int32_t magnitude = (int32_t)(bits & 0x7FFFFFFF);
         const uint32_t normal = (magnitude - 0x38000000 + 0xFFF + ((magnitude >> 13) & 1)) >> 13;
         const uint32_t tiny = as_bits(as_float(magnitude) + 0.5f) - 0x3F000000;
-        uint32_t half = magnitude < 0x38800000 ? tiny : normal;
-        half = magnitude >= 0x477FF000 ? 0x7C00 : half;
-        half = magnitude > 0x7F800000 ? 0x7E00 : half;
+        uint32_t half = pick(magnitude < 0x38800000, tiny, normal);
+        half = pick(magnitude >= 0x477FF000, 0x7C00, half);
+        half = pick(magnitude > 0x7F800000, 0x7E00, half);
         return (Item)(half | (bits >> 16 & 0x8000));
     }
 };
