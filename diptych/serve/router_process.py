@@ -23,9 +23,11 @@ from diptych.policy.membership import Dismiss, Drain, Drained, LinkDown, LinkUp
 from diptych.policy.messages import Cancel, Cancelled, Emit, Finish, Place, Role, Submitted, Tick, WorkerUp
 from diptych.policy.router import Router
 from diptych.serve import process
+from diptych.serve.account import Prefilled, Received, Stalled
 from diptych.serve.build import differences, facts_of
 from diptych.serve.channel import Channel, listen
 from diptych.serve.clock import Clock
+from diptych.serve.frontend import Label
 from diptych.serve.router import RouterDriver
 from diptych.serve.wire import (
     Ask,
@@ -33,7 +35,9 @@ from diptych.serve.wire import (
     Deliver,
     Gone,
     Hello,
+    Look,
     Meet,
+    Note,
     Ready,
     Refuse,
     Register,
@@ -146,6 +150,8 @@ class RouterProcess:
             match message:
                 case Emit() | Finish():
                     self._driver.heard(channel.name, message, attachment)
+                case Prefilled() | Received() | Stalled():
+                    self._driver.records.accounted(message)
                 case Report(number=number):
                     answered = self._reports.pop(number, None)
                     if answered is not None:
@@ -257,8 +263,12 @@ class RouterProcess:
                     if ours is not None:
                         client.leave(ours)
                         self._driver.cancel(ours)
-                case Ask(number=number):
-                    self._spawn(self._report(channel, number))
+                case Ask():
+                    self._spawn(self._report(channel, message))
+                case Note():
+                    self._driver.records.noted(message)
+                case Look(number=number):
+                    channel.say(Report(number), msgspec.json.encode({"records": self._look(message)}))
                 case Retire(number=number):
                     channel.say(Report(number), msgspec.json.encode(self._retire(message)))
                 case _:
@@ -274,9 +284,14 @@ class RouterProcess:
         ours = next(self._numbers)
         client.enter(message.request, ours)
         event = Submitted(ours, message.num_prompt, message.max_new, message.hashes, message.priority)
-        self._driver.submit(client, event, ticket)
+        self._driver.submit(client, event, ticket, Label(message.ident, message.caller, message.index))
 
-    async def _report(self, channel: Channel, number: int) -> None:
+    def _look(self, asked: Look) -> list[dict[str, Any]]:
+        """What became of some requests."""
+        records, now = self._driver.records, self._clock()
+        return records.find(now, asked.name) if asked.name else records.latest(now, asked.limit)
+
+    async def _report(self, channel: Channel, asked: Ask) -> None:
         """Ask every worker how it is; one that does not answer in time is shown as silent."""
         rows = await asyncio.gather(*(self._ask(joined) for joined in list(self._workers.values())))
         token_s = self._clock() - self._driver.last_token
@@ -294,7 +309,11 @@ class RouterProcess:
             "totals": self._driver.policy.num,
             "workers": rows,
         }
-        channel.say(Report(number), msgspec.json.encode(state))
+        telemetry = self._driver.records.telemetry
+        telemetry.look(rows)
+        if asked.metrics:
+            state["metrics"] = telemetry.expose()
+        channel.say(Report(asked.number), msgspec.json.encode(state))
 
     async def _ask(self, joined: Joined) -> dict[str, Any]:
         number = next(self._numbers)

@@ -43,6 +43,8 @@ _LOOKS = {
     "/v1/models/{name}": "The same by name",
     "/health": "200 where a token moved lately or nothing was asked, else 503",
     "/workers": "How every worker is",
+    "/requests": "Where the time of the last requests went, newest first",
+    "/requests/{id}": "The same of one, by the id of its reply or its X-Request-Id",
     "/metrics": "Prometheus",
     "/version": "The version",
     "/openapi.json": "This document",

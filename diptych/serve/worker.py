@@ -19,7 +19,9 @@ from diptych.journal import Journal
 from diptych.policy.hashes import block_hashes, chain
 from diptych.policy.membership import Drained
 from diptych.policy.messages import (
+    Answer,
     CancelPull,
+    Done,
     Emit,
     Finish,
     Handover,
@@ -33,12 +35,14 @@ from diptych.policy.messages import (
     Retention,
     Role,
     Run,
+    Settled,
     StepDone,
     WorkerEvent,
     WorkerOrder,
 )
 from diptych.policy.retention import Replicate
 from diptych.policy.worker import Worker
+from diptych.serve.account import STALL_S, Account, Accounts, cause_of
 from diptych.serve.wire import Extra, pack_emit, pack_ids, unpack_ids, unpack_sums, unpack_ticket
 from diptych.transfer.seam import Plan
 
@@ -65,8 +69,11 @@ class Ports(Protocol):
     def tell(self, peer: str, message: ToPeer, attachment: bytes) -> None:
         """Send to a peer."""
 
-    def report(self, message: Emit | Finish | Drained, attachment: bytes) -> None:
+    def report(self, message: Emit | Finish | Drained | Account, attachment: bytes) -> None:
         """Send to the router."""
+
+    def lane(self, peer: str) -> str:
+        """How the blocks of a peer come here, for people to see."""
 
     def checksum(self, blocks: NDArray[np.int32]) -> NDArray[np.uint64]:
         """uint64 [n]: checksums of our own blocks, int32 [n]."""
@@ -104,6 +111,7 @@ class WorkerDriver:
         self._last_step: float | None = None  # when one was last done
         self.num_kv_bytes = self.num_transfers = self.num_failed = 0
         self.kv_seconds = 0.0
+        self.accounts = Accounts(ports.lane)
         self.resumed = dict.fromkeys(("requests", "prompt_tokens", "written_tokens"), 0)  # computed again, after a loss
         self._ports = ports
         self._clock = clock
@@ -117,6 +125,7 @@ class WorkerDriver:
         """Take in an event: hand it to policy, and do what it orders."""
         match event:
             case Place():
+                self.accounts.placed(self._clock(), event)
                 event = self._placed(event, attachment)
             case Publish():
                 self._published(event, attachment)
@@ -130,15 +139,20 @@ class WorkerDriver:
                 self.num_transfers += 1
                 self.num_kv_bytes += event.num_bytes
                 self.kv_seconds += event.elapsed_s
+                self.accounts.read(self._clock(), event)
             case ReadFailed():
                 self.num_failed += 1
+            case Settled(pull=pull):
+                self.accounts.settled(self._clock(), pull)
+            case Answer(rid=rid, ok=True) if coming := self.accounts.arriving(rid):
+                coming.enter(self._clock(), "queue")
         self._decide(event)
 
     def ran(self, step: int, result: Result) -> None:
         """The executor is done with a step."""
         run = self._steps.pop(step)
         self.num_steps += 1
-        self._last_step = self._clock()
+        before, self._last_step = self._last_step, self._clock()
         self._keep_scores(result)
         for rid, vector in result.vectors.items():
             if rid in self._held:
@@ -146,8 +160,17 @@ class WorkerDriver:
         for rid, token, _ in result.tokens:
             if rid in self._held:
                 self._held[rid].tokens.append(token)
+        if before is not None and self._last_step - before > STALL_S:
+            self._note_late(run, result, cause_of(run, result.elapsed_s, self._last_step - before))
         finished = tuple(rid for rid, _, ended in result.tokens if ended)
         self._decide(StepDone(step, result.elapsed_s, 1, finished, self._filled(run)))
+
+    def _note_late(self, run: Run, result: Result, cause: str) -> None:
+        """A step ended long after the one before: who got a token from it has waited for it."""
+        for rid, _, _ in result.tokens:
+            held = self._held.get(rid)
+            if held is not None:
+                self.accounts.note(rid, len(held.tokens) - held.num_prompt - 1, cause)
 
     def _keep_scores(self, result: Result) -> None:
         for rid, score in result.scores.items():
@@ -172,10 +195,14 @@ class WorkerDriver:
             case Run():
                 self._steps[order.step] = order
                 self._note_cached(order)
+                self.accounts.ordered(self._clock(), order)
                 self._ports.run(order)
             case Emit():
+                if order.rid in self.accounts:
+                    self._account(order.rid)
                 self._ports.report(order, self._emitted(self._held[order.rid], order))
             case Finish():
+                self._account_end(order)
                 held = self._held.pop(order.rid, None)
                 self._ports.forget(order.rid)
                 came = held if order.reason == Reason.COMPUTED else None
@@ -185,6 +212,7 @@ class WorkerDriver:
             case Replicate():
                 self._tell(order, self._sums(order.blocks))
             case Pull():
+                self.accounts.pulled(self._clock(), order)
                 source, target = np.array(order.source, np.int32), np.array(order.target, np.int32)
                 self._ports.pull(order, Plan(source, target, np.array(self._expected(order), np.uint64)))
             case CancelPull(pull=pull):
@@ -192,7 +220,22 @@ class WorkerDriver:
             case Drained():
                 self._ports.report(order, b"")
             case _:
+                if isinstance(order, Done) and (coming := self.accounts.arriving(order.rid)):
+                    coming.enter(self._clock(), "answer")
                 self._tell(order, b"")
+
+    def _account(self, rid: int) -> None:
+        """Tell the router what was measured until the first token that this worker adds."""
+        self._ports.report(self.accounts.close(self._clock(), rid, self._held[rid].cached), b"")
+
+    def _account_end(self, order: Finish) -> None:
+        """The same where nothing was to be written, and what held tokens up where something was."""
+        if order.reason == Reason.COMPUTED and order.rid in self.accounts:
+            self._account(order.rid)
+        stalls = self.accounts.stalls(order.rid)
+        if stalls is not None:
+            self._ports.report(stalls, b"")
+        self.accounts.forget(order.rid)
 
     def _expected(self, order: Pull) -> Iterable[int]:
         """The checksums of the blocks that are to be read."""
@@ -208,6 +251,8 @@ class WorkerDriver:
                 if held.counts_cache:
                     held.cached = min(piece.start, held.num_prompt)
                     self._note_resumed(held, piece.start)
+                elif piece.rid not in self.accounts:
+                    self.accounts.note(piece.rid, len(held.tokens) - held.num_prompt, "preempted")
                 held.counts_cache = False
 
     def _note_resumed(self, held: Held, start: int) -> None:
@@ -274,6 +319,8 @@ class WorkerDriver:
         held.checksums.frombytes(data[: 8 * num_sums])
         first = unpack_ids(data[8 * num_sums :])
         if first:
+            if (coming := self.accounts.arriving(rid)) is not None:
+                coming.final(self._clock())
             held.tokens.extend(first)
             self._ports.extend(rid, first)
 
@@ -312,5 +359,11 @@ class WorkerDriver:
                 "seconds": self.kv_seconds,
                 "transfers": self.num_transfers,
                 "failed": self.num_failed,
+                "moved": self.accounts.totals(),
+            },
+            "leases": {
+                "offered": policy.source.num_open,
+                "expected": policy.sink.num_expected,
+                "kept": len(policy.keep),
             },
         }
