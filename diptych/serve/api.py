@@ -222,7 +222,7 @@ class Api:
     async def requests(self, request: Request) -> Response:
         """`GET /requests`: what became of the last ones, newest first."""
         limit = request.query_params.get("limit", "20")
-        if not (limit.isascii() and limit.isdigit() and 1 <= int(limit[:9]) <= MAX_SHOWN):
+        if not (limit.isascii() and limit.isdigit() and len(limit) < 9 and 1 <= int(limit) <= MAX_SHOWN):
             raise BadRequest(f"'limit' is a number from 1 to {MAX_SHOWN}", "limit")
         return _json({"requests": await self._ask(self.frontend.records(limit=int(limit)))})
 

@@ -122,7 +122,8 @@ class Frontend(Protocol):
     async def workers(self) -> list[dict[str, Any]]:
         """One row a worker: `id, role, pid, state, running, waiting`, `blocks: {state: number}`.
 
-        `kv: {bytes, seconds, transfers, failed}` counts, since its start, what this worker read from its peers.
+        `kv: {bytes, seconds, transfers, failed, moved}` counts, since its start, what this worker read from its peers;
+        `leases: {offered, expected, kept}` the requests whose KV it holds for a peer, or a peer for it.
         """
 
     async def drain(self, worker: str, timeout_s: float | None, force: bool) -> dict[str, Any]:

@@ -165,7 +165,7 @@ class Record:
         """As it is shown; times in whole microseconds."""
         stalls, median = self._stalls()
         handed = next((attempt for attempt in self.attempts if attempt.handover()), None)
-        last = self.attempts[-1].prefilled if self.attempts else None
+        cached = next((attempt.prefilled.num_cached for attempt in self.attempts if attempt.prefilled), 0)
         return {
             "id": self.label.ident or f"request-{self.number}",
             "request_id": self.label.caller,
@@ -175,7 +175,7 @@ class Record:
             **({"why": self.why} if self.why else {}),
             "finish": self.note.finish if self.note else None,
             "prompt_tokens": self.num_prompt,
-            "cached_tokens": last.num_cached if last else 0,
+            "cached_tokens": cached,
             "output_tokens": self.num_written,
             "e2e_us": micros((now if self.ended is None else self.ended) - self.submitted),
             "ttft": self.ttft(),
