@@ -1,4 +1,4 @@
-"""Ask something, and show where the time went: a bar for each part, until the first token and between it and the second.
+"""Ask something, and show where the time went: a bar for each part, until token 1 and from there to token 2.
 
 diptych serve                                      # in another terminal
 python examples/waterfall.py [URL]                 # default http://127.0.0.1:8000

@@ -55,7 +55,7 @@ def test_an_arrival_that_comes_to_nothing_is_computed_here() -> None:
     found.ordered(4.0, Run(2, (Slice(64, 60, 40, sample=True),)))
     said = found.close(5.0, 64, 0)
     assert isinstance(said, Received) and said.num_failed == 1 and said.num_bytes == 0
-    assert said.phases == (("memory", 1.0), ("transfer", 1.0), ("step", 2.0))
+    assert said.phases == (("memory", 1.0), ("transfer", 1.0), ("answer", 0.0), ("queue", 0.0), ("step", 2.0))
 
 
 def test_replicas_are_counted_and_belong_to_nobodys_handover() -> None:

@@ -51,6 +51,7 @@ def test_no_counter_ever_falls() -> None:
                 telemetry.resumed(rng.random())
             case _:
                 hand_over(telemetry, **{rng.choice(["memory", "transfer", "answer"]): rng.random()})
+        everything = scrape(telemetry).items()
         seen = {key: value for key, value in everything if key[0].endswith(("_total", "_count", "_bucket"))}
         assert all(value >= before.get(key, 0.0) for key, value in seen.items())
         before = seen

@@ -144,7 +144,7 @@ class Arrival:
     def account(self, rid: int, now: float, lane: str) -> Received:
         """Its first token of this worker is here."""
         self.enter(now, "")
-        phases = tuple((phase, self._spent[phase]) for phase in PHASES if phase in self._spent)
+        phases = tuple((phase, self._spent.get(phase, 0.0)) for phase in PHASES)
         hidden_s = self._spent.get("reading", 0.0)
         counts = (self._num_bytes, self._num_reads, self._num_failed)
         return Received(rid, self.source, lane, "raw", "", *counts, self._read_s, hidden_s, phases)
