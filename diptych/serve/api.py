@@ -322,7 +322,7 @@ async def _answer_nobody(request: Request, error: ClientDisconnect) -> Response:
 
 
 def _page(model: str, base: str) -> str:
-    links = ("v1/models", "workers", "health", "metrics", "version", "openapi.json")
+    links = ("v1/models", "workers", "requests", "health", "metrics", "version", "openapi.json")
     items = "".join(f'<li><a href="/{link}">/{link}</a></li>' for link in links)
     body = msgspec.json.encode({"model": model, "messages": [{"role": "user", "content": "Hello"}]}).decode()
     curl = f"curl {base}v1/chat/completions -H 'Content-Type: application/json' -d '{body}'"
