@@ -44,7 +44,7 @@ class Received:
     why: str  # that codec
     num_bytes: int
     num_reads: int
-    num_failed: int
+    num_failed: int  # or cancelled
     read_s: float
     hidden_s: float
     phases: tuple[tuple[str, float], ...]
