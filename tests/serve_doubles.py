@@ -20,6 +20,7 @@ from diptych.serve.api import Settings, make_app
 from diptych.serve.frontend import Chunk, Job, ModelCard
 from diptych.serve.server import make_server, port_of
 from diptych.serve.text import Text
+from diptych.serve.wire import Note
 
 TEMPLATE = (
     "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}{{ eos_token }}{% endfor %}"
@@ -109,6 +110,8 @@ class FakeFrontend:
     jobs: list[Job] = field(default_factory=list)
     cancelled: list[int] = field(default_factory=list)
     rows: list[dict[str, Any]] = field(default_factory=list)
+    notes: list[Note] = field(default_factory=list)
+    routers: str = ""
     well: bool = True
     refuse: Exception | None = None
 
@@ -128,6 +131,20 @@ class FakeFrontend:
 
     def cancel(self, request: int) -> None:
         self.cancelled.append(request)
+
+    def note(self, note: Note) -> None:
+        self.notes.append(note)
+
+    async def records(self, name: str = "", limit: int = 1) -> list[dict[str, Any]]:
+        if self.refuse:
+            raise self.refuse
+        labels = [job.label for job in reversed(self.jobs) if name in ("", job.label.ident, job.label.caller)]
+        noted = {(note.ident, note.index): note.finish for note in self.notes}
+        found = [{"id": one.ident, "index": one.index, "finish": noted.get((one.ident, one.index))} for one in labels]
+        return found[:limit] if not name else found[::-1]
+
+    async def metrics(self) -> tuple[list[dict[str, Any]], str]:
+        return self.rows, self.routers
 
     async def workers(self) -> list[dict[str, Any]]:
         return self.rows

@@ -55,6 +55,14 @@ def test_prefix_cache(url: str) -> None:
     assert none == 0 and total == again and 0.9 * total < cached < total
 
 
+def test_waterfall(url: str) -> None:
+    lines = said("waterfall.py", url).splitlines()
+    parts = [float(line.split()[1]) for line in lines if line.startswith("  ")]
+    wholes = [float(line.split()[-2]) for line in lines if line.endswith(" ms") and ": " in line and line[0] == "t"]
+    assert len(parts) == 12 and abs(sum(parts) - sum(wholes)) < 0.2
+    assert "MB of KV from p0 to d0 over shm" in "".join(lines)
+
+
 def test_langchain_client(url: str) -> None:
     if importlib.util.find_spec("langchain_openai") is None:
         pytest.skip("langchain-openai is not installed")

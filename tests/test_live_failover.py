@@ -14,6 +14,7 @@ from clusters import answer_of, connected, live, settled
 from diptych.engine.executor import Sampling
 from diptych.engine.paced import oracle
 from diptych.journal import read_journals
+from diptych.serve.api_process import RouterFrontend
 from diptych.serve.build import cluster_card
 from diptych.serve.frontend import Job
 from diptych.serve.supervisor import Supervisor
@@ -101,9 +102,27 @@ def test_a_decode_workers_death_costs_no_prompt(tmp_path: Path) -> None:
             num_resumed = sum(each["requests"] for each in resumed)
             assert num_resumed >= 8 and sum(each["prompt_tokens"] for each in resumed) == 0
             assert sum(each["written_tokens"] for each in resumed) <= 2 * card.block_size * num_resumed
+            await check_records(frontend, num_resumed)
 
     with live(topology) as supervisor:
         asyncio.run(run(supervisor))
+
+
+async def check_records(frontend: RouterFrontend, num_resumed: int) -> None:
+    """Each failover is on record, with the gap that its client saw; and the counters know of them, too."""
+    records = await frontend.records(limit=256)
+    failovers = [failover for record in records for failover in record["failovers"]]
+    assert len(failovers) == num_resumed and {failover["reason"] for failover in failovers} == {"worker_lost"}
+    for record in records:
+        assert record["state"] == "length" and record["output_tokens"] == 400
+        resumes = [failover["resume"] for failover in record["failovers"]]
+        for waterfall in (record["ttft"], record["handover"], *resumes):
+            assert sum(waterfall["parts"].values()) == waterfall["us"] and min(waterfall["parts"].values()) >= 0
+        assert all(resume["parts"]["prefill"] > 0 for resume in resumes)
+        assert len(record["attempts"]) == 1 + len(resumes)
+    _, text = await frontend.metrics()
+    assert f'diptych_failovers_total{{reason="worker_lost"}} {num_resumed:.1f}' in text
+    assert f"diptych_resume_gap_seconds_count {num_resumed:.1f}" in text
 
 
 async def back(supervisor: Supervisor, frontend, name: str) -> None:  # type: ignore[no-untyped-def]

@@ -89,6 +89,43 @@ def test_a_required_call_is_a_call_and_streams_as_one(client: openai.OpenAI) -> 
     assert len(deltas) > 3 and parts[-1].finish_reason == "tool_calls"
 
 
+def test_a_request_says_where_its_time_went(cluster: Supervisor) -> None:
+    """Asked for with a header, and found again by either of its ids: two waterfalls, each adding up exactly."""
+    before = counted(cluster)
+    notes, asked, _ = question(78)
+    body: Any = {"prompt": f"{notes} {asked}", "max_tokens": 8, "temperature": 0, "ignore_eos": True}
+    named = {"x-diptych-trace": "1", "x-request-id": "where-time-goes"}
+    reply = httpx.post(f"{cluster.url}/v1/completions", json=body, headers=named).json()
+    (record,) = reply["diptych"]["trace"]
+    for name in ("where-time-goes", reply["id"]):
+        (found,) = httpx.get(f"{cluster.url}/requests/{name}").json()["requests"]
+        assert found | {"age_s": 0} == record | {"age_s": 0}
+    for waterfall in (record["ttft"], record["handover"]):
+        assert sum(waterfall["parts"].values()) == waterfall["us"] and min(waterfall["parts"].values()) >= 0
+    assert (record["ttft"]["seen_by"], record["state"], record["output_tokens"]) == ("api", "length", 8)
+    assert record["ttft"]["parts"]["prefill"] > 0 and record["handover"]["parts"]["step"] > 0
+    (attempt,) = record["attempts"]
+    assert attempt["computed_tokens"] + record["cached_tokens"] == record["prompt_tokens"]
+    assert attempt["steps"] >= attempt["computed_tokens"] / 128
+    transfer = record["transfer"]
+    assert (transfer["source"], transfer["target"], transfer["lane"], transfer["codec"]) == ("p0", "d0", "shm", "raw")
+    assert transfer["bytes"] > 0 and transfer["reads"] > 0 and transfer["failed"] == 0
+    assert transfer["us"] > 0 and transfer["exposed_us"] <= record["handover"]["us"]
+    after = counted(cluster)
+    assert all(after[name] >= value for name, value in before.items())
+    exposed = 'diptych_kv_transfer_seconds_count{kind="exposed"}'
+    assert after[exposed] == before[exposed] + 1
+    way = 'diptych_kv_transfer_bytes_total{lane="shm",purpose="handover",source="p0",target="d0"}'
+    assert after[way] >= before.get(way, 0) + transfer["bytes"]
+
+
+def counted(cluster: Supervisor) -> dict[str, float]:
+    """Every counter of a scrape, by its name and labels as they are written."""
+    lines = [line.rsplit(" ", 1) for line in httpx.get(f"{cluster.url}/metrics").text.splitlines() if line[0] != "#"]
+    ends = ("_total", "_count", "_bucket")
+    return {name: float(value) for name, value in lines if name.partition("{")[0].endswith(ends)}
+
+
 def kv_bytes(cluster: Supervisor) -> int:
     """Bytes of KV that decode workers have read from prefill workers."""
     rows = httpx.get(f"{cluster.url}/workers").json()["workers"]

@@ -402,3 +402,65 @@ def test_a_model_without_a_chat_template() -> None:
     with serving(Text(byte_level_tokenizer())) as live:
         error = assert_envelope(httpx.post(f"{live.url}/v1/chat/completions", json={"messages": HELLO}), 400)
         assert error["param"] == "messages"
+
+
+# --- where the time went ---------------------------------------------------------------------------------------
+
+
+def test_a_trace_comes_where_it_is_asked_for(text: Text) -> None:
+    frontend = FakeFrontend()
+    with serving(text, frontend) as server:
+        url = f"{server.url}/v1/completions"
+        body: dict[str, Any] = {"prompt": "hello world, this is a small model", "max_tokens": 4, "n": 2}
+        plain = httpx.post(url, json=body).json()
+        assert "diptych" not in plain
+        asked = httpx.post(url, json=body, headers={"x-diptych-trace": "1"}).json()
+        expected = [{"id": asked["id"], "index": index, "finish": "length"} for index in range(2)]
+        assert asked["diptych"] == {"trace": expected}
+        assert "diptych" not in httpx.post(url, json=body, headers={"x-diptych-trace": "0"}).json()
+        for options, usage in (({}, False), ({"stream_options": {"include_usage": True}}, True)):
+            lines = httpx.post(url, json=body | {"stream": True, "diptych_trace": True} | options).text.split("\n\n")
+            assert lines[-2] == "data: [DONE]"
+            last = json.loads(lines[-3].removeprefix("data: "))
+            assert [record["finish"] for record in last["diptych"]["trace"]] == ["length"] * 2 and last["choices"] == []
+            assert bool(last["usage"]) == usage
+        assert "diptych" not in httpx.post(url, json=body | {"stream": True}).text
+        noted = [note for note in frontend.notes if note.ident == asked["id"]]
+        assert [note.index for note in noted] == [0, 1], "each once"
+        for note in noted:
+            assert note.ttft_s > note.api_s + note.leader_s + note.out_s > 0 and note.out_s >= 0
+
+
+def test_requests_are_found_by_either_id(text: Text) -> None:
+    with serving(text, FakeFrontend()) as server:
+        body = {"prompt": "hello world", "max_tokens": 2}
+        ids = [
+            httpx.post(f"{server.url}/v1/completions", json=body, headers={"x-request-id": f"a/{i}"}).json()["id"]
+            for i in range(3)
+        ]
+        assert httpx.get(f"{server.url}/requests/a/1").json()["requests"][0]["id"] == ids[1]
+        assert httpx.get(f"{server.url}/requests/{ids[1]}").json()["id"] == ids[1]
+        newest = httpx.get(f"{server.url}/requests?limit=2").json()["requests"]
+        assert [found["id"] for found in newest] == ids[:0:-1]
+        missing = httpx.get(f"{server.url}/requests/cmpl-unknown")
+        assert missing.status_code == 404 and missing.json()["error"]["code"] == "request_not_found"
+        for limit in ("0", "257", "x", "-1", "9" * 5000, "%C2%B2"):
+            refused = httpx.get(f"{server.url}/requests?limit={limit}")
+            assert refused.status_code == 400 and refused.json()["error"]["param"] == "limit", limit
+
+
+def test_requests_want_the_key(text: Text) -> None:
+    with serving(text, FakeFrontend(), Settings(api_key="secret")) as server:
+        for path in ("/requests", "/requests/mine"):
+            assert httpx.get(f"{server.url}{path}").status_code == 401
+
+
+def test_a_router_that_does_not_say_costs_no_answer(text: Text) -> None:
+    class Silent(FakeFrontend):
+        async def records(self, name: str = "", limit: int = 1) -> list[dict[str, Any]]:
+            raise Unavailable("the router does not answer")
+
+    with serving(text, Silent()) as server:
+        body = {"prompt": "hello world", "max_tokens": 2, "diptych_trace": True}
+        reply = httpx.post(f"{server.url}/v1/completions", json=body)
+        assert reply.status_code == 200 and reply.json()["diptych"] == {"trace": []}

@@ -8,6 +8,7 @@ from typing import Any
 from prometheus_client.parser import text_string_to_metric_families
 
 from diptych.serve.metrics import Metrics, Timer
+from diptych.serve.telemetry import Telemetry
 
 ROW: dict[str, Any] = {
     "id": "d0",
@@ -16,12 +17,12 @@ ROW: dict[str, Any] = {
     "running": 3,
     "waiting": 1,
     "blocks": {"free": 5, "held": 2},
-    "kv": {"bytes": 1024, "seconds": 0.5, "transfers": 4, "failed": 1},
+    "leases": {"offered": 0, "expected": 2, "kept": 1},
 }
 
 
 def scrape(metrics: Metrics, *rows: dict[str, Any]) -> dict[tuple[str, ...], float]:
-    order = ("worker", "role", "state", "reason", "le")
+    order = ("worker", "role", "state", "kind", "reason", "le")
     return {
         (sample.name, *(sample.labels[label] for label in order if label in sample.labels)): sample.value
         for family in text_string_to_metric_families(metrics.expose(rows).decode())
@@ -79,9 +80,16 @@ def test_workers_are_shown_as_they_are_now() -> None:
     assert seen["diptych_worker_requests_waiting", "d0", "decode"] == 1
     assert seen["diptych_worker_state", "d0", "decode", "up"] == 1
     assert seen["diptych_worker_state", "p0", "prefill", "unknown"] == 1
-    assert seen["diptych_kv_transfer_bytes_total", "d0", "decode"] == 1024
-    assert seen["diptych_kv_transfer_failed_total", "d0", "decode"] == 1
+    assert seen["diptych_worker_leases", "d0", "decode", "expected"] == 2
     assert not [name for name in scrape(metrics) if "d0" in name], "a worker that is gone is gone from the scrape"
+
+
+def test_the_routers_metrics_stand_behind_ours() -> None:
+    metrics, telemetry = Metrics("tiny"), Telemetry()
+    telemetry.failed_over("worker_lost")
+    text = metrics.expose([ROW], telemetry.expose()).decode()
+    families = [family.name for family in text_string_to_metric_families(text)]
+    assert "diptych_failovers" in families and len(families) == len(set(families))
 
 
 def test_two_processes_worth_of_metrics_do_not_meet() -> None:

@@ -20,11 +20,19 @@ def routes() -> set[tuple[str, str]]:
     """Every path and method of the application, but for the page and HEAD."""
     app = make_app(None, TEXT, card_of(TEXT))  # type: ignore[arg-type]
     return {
-        (route.path.replace("{name:path}", "{name}"), method.lower())
+        (route.path.replace(":path}", "}"), method.lower())
         for route in app.routes
         if isinstance(route, Route) and route.path != "/"
         for method in (route.methods or set()) - {"HEAD"}
     }
+
+
+def test_what_is_asked_beside_the_path_is_described() -> None:
+    paths: dict[str, Any] = json.loads(document())["paths"]
+    (limit,) = paths["/requests"]["get"]["parameters"]
+    assert (limit["name"], limit["in"], limit["schema"]["maximum"]) == ("limit", "query", 256)
+    (trace,) = paths["/v1/completions"]["post"]["parameters"]
+    assert (trace["name"], trace["in"], trace["required"]) == ("X-Diptych-Trace", "header", False)
 
 
 def test_it_has_every_route_and_no_other() -> None:

@@ -77,6 +77,11 @@ class Sink:
         """The incoming sequence of that id, if it is one."""
         return self._incoming.get(rid)
 
+    @property
+    def num_expected(self) -> int:
+        """Sequences on their way here, each of which a source holds for us."""
+        return len(self._incoming)
+
     def is_empty(self) -> bool:
         """Nothing is expected, and no read can touch memory here or at a source."""
         return not (self._incoming or self._reads or self._unread)

@@ -35,6 +35,11 @@ class Source:
     def __contains__(self, rid: int) -> bool:
         return rid in self._offers
 
+    @property
+    def num_open(self) -> int:
+        """Offers that are not closed yet."""
+        return len(self._offers)
+
     def is_empty(self) -> bool:
         """Nobody may read anything here."""
         return not self._offers

@@ -25,15 +25,16 @@ from starlette.routing import Route
 
 from diptych import __version__
 from diptych.engine.executor import Sampling
-from diptych.errors import BadRequest, DiptychError, Overloaded, Unavailable
+from diptych.errors import BadRequest, DiptychError, NotFound, Overloaded, Unavailable
 from diptych.serve import openai
 from diptych.serve.calls import Format
 from diptych.serve.exchange import Exchange, Order
-from diptych.serve.frontend import DrainCall, Frontend, Job, ModelCard
+from diptych.serve.frontend import DrainCall, Frontend, Job, Label, ModelCard
 from diptych.serve.guard import Guard
 from diptych.serve.intake import aside, check_size, read_body
 from diptych.serve.metrics import CONTENT_TYPE, Metrics
 from diptych.serve.outermost import Outermost
+from diptych.serve.records import MAX_SHOWN, NUM_KEPT
 from diptych.serve.retrieval import Retrieval
 from diptych.serve.schema import document
 from diptych.serve.structured import grammar_of
@@ -42,6 +43,8 @@ from diptych.serve.tokenize import detokenize, tokenize
 from diptych.serve.tools import check_tools, format_of, grammar_of_calls, shown
 
 T = TypeVar("T")
+
+TRACE = "x-diptych-trace"  # asks for the records of a request in its reply
 
 _DRAIN = msgspec.json.Decoder(DrainCall)
 
@@ -96,6 +99,9 @@ class Api:
         for tokens in prompts:
             jobs += await aside(4 * len(tokens), partial(self._jobs, call, tokens, sampling, chat))
         options = call.stream_options or openai.StreamOptions()
+        ident = f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}"
+        caller = request.scope.get("request_id", "")
+        jobs = [replace(job, label=Label(ident, caller, index)) for index, job in enumerate(jobs)]
         order = Order(
             chat=chat,
             jobs=jobs,
@@ -110,7 +116,8 @@ class Api:
             calls=self.calls if chat and shown(call) else None,
             echoes=tuple(self._echoed(call, prompts)),
             silent=openai.writes_nothing(call),
-            ident=f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}",
+            traced=bool(call.diptych_trace) or request.headers.get(TRACE, "0").lower() not in ("", "0", "false"),
+            ident=ident,
             model=call.model or self.card.name,
             created=int(time.time()),
             arrived=arrived,
@@ -212,6 +219,21 @@ class Api:
         """`GET /workers`."""
         return _json({"workers": await self._ask(self.frontend.workers())})
 
+    async def requests(self, request: Request) -> Response:
+        """`GET /requests`: what became of the last ones, newest first."""
+        limit = request.query_params.get("limit", "20")
+        if not (limit.isascii() and limit.isdigit() and len(limit) < 9 and 1 <= int(limit) <= MAX_SHOWN):
+            raise BadRequest(f"'limit' is a number from 1 to {MAX_SHOWN}", "limit")
+        return _json({"requests": await self._ask(self.frontend.records(limit=int(limit)))})
+
+    async def one_request(self, request: Request) -> Response:
+        """`GET /requests/{id}`: 404 for one that nobody knows (any more)."""
+        ident = request.path_params["id"]
+        found = await self._ask(self.frontend.records(ident)) if ident else []
+        if not found:
+            raise NotFound(f"no request is known as '{ident}'; the last {NUM_KEPT} are", "id", "request_not_found")
+        return _json({"id": ident, "requests": found})
+
     async def drain(self, request: Request) -> Response:
         """`POST /workers/{id}/drain`: 202; 404 for a worker nobody knows, 409 for one that is needed."""
         call = openai.decoded(_DRAIN, await self.body(request) or b"{}")
@@ -221,9 +243,10 @@ class Api:
     async def expose_metrics(self, request: Request) -> Response:
         """`GET /metrics`; without the workers' numbers where the router does not answer."""
         rows: list[dict[str, Any]] = []
+        routers = ""
         with contextlib.suppress(DiptychError):
-            rows = await self._ask(self.frontend.workers())
-        return Response(self.metrics.expose(rows), headers={"content-type": CONTENT_TYPE})
+            rows, routers = await self._ask(self.frontend.metrics())
+        return Response(self.metrics.expose(rows, routers), headers={"content-type": CONTENT_TYPE})
 
     async def version(self, request: Request) -> Response:
         """`GET /version`."""
@@ -259,6 +282,8 @@ def make_app(frontend: Frontend, text: Text, card: ModelCard, settings: Settings
         Route("/health", api.health),
         Route("/workers", api.workers),
         Route("/workers/{id}/drain", api.drain, methods=["POST"]),
+        Route("/requests", api.requests),
+        Route("/requests/{id:path}", api.one_request),
         Route("/metrics", api.expose_metrics),
         Route("/version", api.version),
         Route("/openapi.json", api.openapi),
@@ -297,7 +322,7 @@ async def _answer_nobody(request: Request, error: ClientDisconnect) -> Response:
 
 
 def _page(model: str, base: str) -> str:
-    links = ("v1/models", "workers", "health", "metrics", "version", "openapi.json")
+    links = ("v1/models", "workers", "requests", "health", "metrics", "version", "openapi.json")
     items = "".join(f'<li><a href="/{link}">/{link}</a></li>' for link in links)
     body = msgspec.json.encode({"model": model, "messages": [{"role": "user", "content": "Hello"}]}).decode()
     curl = f"curl {base}v1/chat/completions -H 'Content-Type: application/json' -d '{body}'"

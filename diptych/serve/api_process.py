@@ -24,7 +24,20 @@ from diptych.serve.channel import Channel, call
 from diptych.serve.frontend import Chunk, Job
 from diptych.serve.server import make_server
 from diptych.serve.text import Text
-from diptych.serve.wire import Ask, Deliver, Hello, Report, Retire, Submit, Ticket, pack, pack_ids, unpack_emit
+from diptych.serve.wire import (
+    Ask,
+    Deliver,
+    Hello,
+    Look,
+    Note,
+    Report,
+    Retire,
+    Submit,
+    Ticket,
+    pack,
+    pack_ids,
+    unpack_emit,
+)
 
 log = logging.getLogger(__name__)
 
@@ -84,13 +97,30 @@ class RouterFrontend:
         request = next(self._numbers)
         stream = self._streams[request] = Inbox()
         ticket = Ticket(pack_ids(job.tokens), len(job.tokens), job.sampling, job.root)
-        channel.say(Submit(request, len(job.tokens), job.max_new, job.priority, job.hashes), pack(ticket))
+        label = job.label
+        names = (label.ident, label.caller, label.index)
+        channel.say(Submit(request, len(job.tokens), job.max_new, job.priority, job.hashes, *names), pack(ticket))
         return request, stream
 
     def cancel(self, request: int) -> None:
         """Stop a request."""
         if self._streams.pop(request, None) is not None and self._channel is not None:
             self._channel.say(Cancelled(request))
+
+    def note(self, note: Note) -> None:
+        """Say how a client saw its answer."""
+        if self._channel is not None:
+            self._channel.say(note)
+
+    async def records(self, name: str = "", limit: int = 1) -> list[dict[str, Any]]:
+        """What the router knows of some requests."""
+        found: list[dict[str, Any]] = (await self._ask(lambda number: Look(number, name, limit)))["records"]
+        return found
+
+    async def metrics(self) -> tuple[list[dict[str, Any]], str]:
+        """One row a worker, and the router's own metrics."""
+        report = await self._ask(lambda number: Ask(number, metrics=True))
+        return report["workers"], report["metrics"]
 
     async def workers(self) -> list[dict[str, Any]]:
         """One row a worker."""
@@ -123,7 +153,7 @@ class RouterFrontend:
     async def _report(self) -> dict[str, Any]:
         return await self._ask(Ask)
 
-    async def _ask(self, question: Callable[[int], Ask | Retire]) -> dict[str, Any]:
+    async def _ask(self, question: Callable[[int], Ask | Look | Retire]) -> dict[str, Any]:
         """Ask the router something, under a number; its Report's attachment."""
         channel = self._connected()
         number = next(self._numbers)

@@ -37,6 +37,7 @@ class Order:
     The jobs of one prompt follow each other, `num_each` of them. `echoes`: the texts of the prompts, where the answers
     are to begin with them; `silent`: they are all that is wanted. `num_best`: so many of each prompt's answers are
     shown, those of the highest mean log-probability. `calls`: how calls are written, where they are to be found.
+    `traced`: the reply says where the time went.
     """
 
     chat: bool
@@ -56,6 +57,7 @@ class Order:
     with_logprobs: bool = False
     num_best: int | None = None
     calls: Format | None = None
+    traced: bool = False
 
 
 class Exchange:
@@ -98,7 +100,19 @@ class Exchange:
             said = replies.message(turn.pieces(text)) if self._order.chat else {"text": text}
             choices.append(replies.choice(said, index, turn.finish, turn.whole()))
         ids = self._order.jobs[0].tokens if self._order.chat and self._order.with_token_ids else None
-        await wire.reply(replies.reply(self._head, choices, self._usage(), prompt_token_ids=ids))
+        trace = await self._trace()
+        await wire.reply(replies.reply(self._head, choices, self._usage(), prompt_token_ids=ids, diptych=trace))
+
+    async def _trace(self) -> dict[str, Any] | None:
+        """The records of these jobs, where they are asked for."""
+        if not self._order.traced:
+            return None
+        for turn in self._turns:
+            turn.note(self._frontend)
+        found: list[dict[str, Any]] = []
+        with contextlib.suppress(DiptychError):  # the answer is whole, whether or not the router still says how it went
+            found = await self._frontend.records(self._order.ident)
+        return {"trace": found}
 
     def _best(self) -> list[int]:
         """The answers to show, by number: all, or the most likely of each prompt's."""
@@ -127,8 +141,11 @@ class Exchange:
                 raise
             await wire.end(openai.error_frame(error))
             return
-        used = replies.usage_frame(self._head, self._usage()) if order.with_usage else b""
-        await wire.end(used + replies.DONE)
+        trace = await self._trace()
+        last = b""
+        if order.with_usage or trace:
+            last = replies.last_frame(self._head, self._usage() if order.with_usage else None, trace)
+        await wire.end(last + replies.DONE)
 
     async def _pump(self, number: int, frames: replies.Frames, wire: "_Wire") -> None:
         turn, answer = self._turns[number], self._turns[number].answer

@@ -12,6 +12,7 @@ import msgspec
 from diptych.engine.executor import Sampling, Score
 from diptych.modelfacts import Task
 from diptych.policy.messages import Reason
+from diptych.serve.wire import Note
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,11 +41,23 @@ class ModelCard:
 
 
 @dataclass(frozen=True, slots=True)
+class Label:
+    """What a client knows a job by: the id of its reply, its `X-Request-Id`, and which of several answers it is."""
+
+    ident: str = ""
+    caller: str = ""
+    index: int = 0
+
+
+NO_LABEL = Label()
+
+
+@dataclass(frozen=True, slots=True)
 class Job:
     """One prompt to be continued. `hashes` are those of its full blocks, `root` the one before the first.
 
     A lower `priority` goes first. With `max_new` 0 nothing is written, and `sampling.pooling` says what is
-    wanted instead.
+    wanted instead. `label` is for people: nothing depends on it.
     """
 
     tokens: list[int]
@@ -53,6 +66,7 @@ class Job:
     priority: int = 0
     root: bytes = b""
     hashes: tuple[bytes, ...] = ()
+    label: Label = NO_LABEL
 
 
 class Chunk(msgspec.Struct, frozen=True):
@@ -96,10 +110,20 @@ class Frontend(Protocol):
     def cancel(self, request: int) -> None:
         """Stop a request whose last chunk has not come; whatever still comes for it is dropped."""
 
+    def note(self, note: Note) -> None:
+        """Say how a client saw its answer, for the record. Never waits."""
+
+    async def records(self, name: str = "", limit: int = 1) -> list[dict[str, Any]]:
+        """The records of the jobs labelled so; without a name the last ones, newest first."""
+
+    async def metrics(self) -> tuple[list[dict[str, Any]], str]:
+        """The rows of `workers`, and what the router counts, as the text of a scrape."""
+
     async def workers(self) -> list[dict[str, Any]]:
         """One row a worker: `id, role, pid, state, running, waiting`, `blocks: {state: number}`.
 
-        `kv: {bytes, seconds, transfers, failed}` counts, since its start, what this worker read from its peers.
+        `kv: {bytes, seconds, transfers, failed, moved}` counts, since its start, what this worker read from its peers;
+        `leases: {offered, expected, kept}` the requests whose KV it holds for a peer, or a peer for it.
         """
 
     async def drain(self, worker: str, timeout_s: float | None, force: bool) -> dict[str, Any]:

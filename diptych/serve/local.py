@@ -35,6 +35,7 @@ from diptych.policy.messages import (
     WorkerUp,
 )
 from diptych.policy.router import Router, RouterSpec
+from diptych.serve.account import Account
 from diptych.serve.build import Parts
 from diptych.serve.clock import Clock
 from diptych.serve.router import RouterDriver
@@ -85,12 +86,18 @@ class _WorkerPorts:
     def tell(self, peer: str, message: ToPeer, attachment: bytes) -> None:
         self._cluster.later(lambda: self._cluster.workers[peer].on(message, attachment))
 
-    def report(self, message: Emit | Finish | Drained | LinkMeasured, attachment: bytes) -> None:
-        name = self._parts.policy.spec.name
-        if isinstance(message, Drained | LinkMeasured):
-            self._cluster.later(lambda: self._cluster.router.told(message))
-        else:
-            self._cluster.later(lambda: self._cluster.router.heard(name, message, attachment))
+    def report(self, message: Emit | Finish | Drained | LinkMeasured | Account, attachment: bytes) -> None:
+        name, router = self._parts.policy.spec.name, self._cluster.router
+        match message:
+            case Drained() | LinkMeasured():
+                self._cluster.later(lambda: router.told(message))
+            case Emit() | Finish():
+                self._cluster.later(lambda: router.heard(name, message, attachment))
+            case _:
+                self._cluster.later(lambda: router.records.accounted(message))
+
+    def lane(self, peer: str) -> str:
+        return "local"
 
     def checksum(self, blocks: NDArray[np.int32]) -> NDArray[np.uint64]:
         return checksum(self._parts.pool, blocks)

@@ -1,5 +1,7 @@
 """Prometheus metrics of the API process, and of the workers as they are at the moment of a scrape.
 
+What is counted over workers that come and go is the router's (`telemetry.py`), and is shown behind these.
+
 Names follow vLLM's after the prefix; `aliases.py` shows the ones that dashboards read under vLLM's names too. Not
 responsible for measuring on workers: their numbers come from `Frontend.workers()`.
 """
@@ -9,7 +11,7 @@ from time import perf_counter
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import GaugeMetricFamily, Metric
 
 from diptych.serve.aliases import Aliases, Collects
 
@@ -96,10 +98,10 @@ class Metrics:
             "prefix_cache_hits": self.cached_tokens,
         }
 
-    def expose(self, workers: Sequence[Mapping[str, Any]]) -> bytes:
-        """The text of a scrape."""
+    def expose(self, workers: Sequence[Mapping[str, Any]], routers: str = "") -> bytes:
+        """The text of a scrape; `routers`: that of the router's own metrics."""
         self._workers.rows = self._aliases.rows = workers
-        return generate_latest(self.registry)
+        return generate_latest(self.registry) + routers.encode()
 
 
 class Timer:
@@ -114,6 +116,11 @@ class Timer:
         self._num_tokens = 0
         self._first = self._last = arrived
         metrics.running.inc()
+
+    @property
+    def arrived(self) -> float:
+        """When the request came, on `perf_counter`."""
+        return self._arrived
 
     @property
     def ttft_s(self) -> float | None:
@@ -172,16 +179,7 @@ class _Workers:
             for row in self.rows:
                 gauge.add_metric(_labels(row), float(row.get(field, 0)))
             yield gauge
-        for field, what in (
-            ("bytes", "KV bytes read from peers"),
-            ("seconds", "Seconds those reads took"),
-            ("transfers", "Reads that succeeded"),
-            ("failed", "Reads that failed"),
-        ):
-            counter = CounterMetricFamily(f"diptych_kv_transfer_{field}", what, labels=["worker", "role"])
-            for row in self.rows:
-                counter.add_metric(_labels(row), float((row.get("kv") or {}).get(field, 0)))
-            yield counter
+        yield self._leases()
 
     def _states(self) -> Metric:
         gauge = GaugeMetricFamily(
@@ -189,6 +187,17 @@ class _Workers:
         )
         for row in self.rows:
             gauge.add_metric([*_labels(row), str(row.get("state", "unknown"))], 1.0)
+        return gauge
+
+    def _leases(self) -> Metric:
+        gauge = GaugeMetricFamily(
+            "diptych_worker_leases",
+            "Requests whose KV is offered to a peer, expected from one, or kept for one",
+            labels=["worker", "role", "kind"],
+        )
+        for row in self.rows:
+            for kind, number in (row.get("leases") or {}).items():
+                gauge.add_metric([*_labels(row), str(kind)], float(number))
         return gauge
 
     def _blocks(self) -> Metric:

@@ -77,6 +77,7 @@ class Call(msgspec.Struct, kw_only=True):
     guided_regex: str | None = None
     guided_choice: list[str] | None = None
     return_token_ids: bool | None = None
+    diptych_trace: bool | None = None
     # Known and not supported; the only value let through is the one that changes nothing (see _NEUTRAL).
     suffix: str | None = None
     prompt_logprobs: int | None = None

@@ -45,6 +45,7 @@ class Outermost:
             return
         began = perf_counter()
         ident = _request_id(scope["headers"])
+        scope["request_id"] = ident.decode("latin-1")
         status = 0
 
         def send_named(message: Message) -> Awaitable[None]:  # no coroutine of its own: it is called for each token

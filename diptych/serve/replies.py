@@ -130,6 +130,7 @@ class Frames:
         return b"".join(parts)
 
 
-def usage_frame(head: dict[str, Any], used: dict[str, Any]) -> bytes:
-    """The event after all choices where `include_usage` was asked for."""
-    return b"data: " + _encode({**head, "choices": [], "usage": used}) + b"\n\n"
+def last_frame(head: dict[str, Any], used: dict[str, Any] | None, trace: dict[str, Any] | None) -> bytes:
+    """The event after all choices: with `usage` where `include_usage` was asked for, and where the time went."""
+    traced = {} if trace is None else {"diptych": trace}
+    return b"data: " + _encode({**head, "choices": [], "usage": used, **traced}) + b"\n\n"

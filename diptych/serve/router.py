@@ -38,6 +38,8 @@ from diptych.policy.messages import (
 )
 from diptych.policy.router import Router
 from diptych.policy.sequencer import Sequencer
+from diptych.serve.frontend import NO_LABEL, Label
+from diptych.serve.records import Record, Records
 from diptych.serve.wire import Deliver, Ticket, check_ids, pack, unpack_emit, unpack_ids
 
 log = logging.getLogger(__name__)
@@ -70,6 +72,7 @@ class Open:
     max_new: int
     sampling: Sampling
     root: bytes
+    record: Record
     rid: int = -1
     holders: tuple[str, ...] = ()  # the workers that the present attempt was given to
     began: bool = False  # the present attempt has written a token
@@ -110,9 +113,11 @@ class RouterDriver:
         clock: Callable[[], float],
         journal: Journal | None,
         vocab_size: int = 1 << 31,
+        records: Records | None = None,
     ):
         self.policy = policy
         self._vocab_size = vocab_size
+        self.records = records or Records()
         self.last_token = clock()  # when something last moved
         self.num_broken = 0  # streams that a worker tried to continue at the wrong place; must stay 0
         self.resumed = {"kept": Resumed(), "not kept": Resumed()}  # was who kept its KV still there?
@@ -126,18 +131,24 @@ class RouterDriver:
         """Requests in flight."""
         return len(self._open)
 
-    def submit(self, client: Any, event: Submitted, ticket: Ticket) -> None:
+    def submit(self, client: Any, event: Submitted, ticket: Ticket, label: Label = NO_LABEL) -> None:
         """A client hands a request in. Its number must be new."""
+        now = self._clock()
         if not self._open:
-            self.last_token = self._clock()
+            self.last_token = now
+        record = self.records.open(now, event.request, label, event.num_prompt, event.max_new)
         tokens = array("i")
         tokens.frombytes(ticket.tokens)
-        self._open[event.request] = Open(client, tokens, ticket.num_prompt, event.max_new, ticket.sampling, ticket.root)
+        self._open[event.request] = Open(
+            client, tokens, ticket.num_prompt, event.max_new, ticket.sampling, ticket.root, record
+        )
         self._decide(event)
 
     def cancel(self, request: int) -> None:
         """The client does not want it any more; nothing further is delivered."""
-        if self._open.pop(request, None) is not None:
+        open_ = self._open.pop(request, None)
+        if open_ is not None:
+            open_.record.end(self._clock(), "cancelled")
             self._decide(Cancelled(request))
 
     def drop_client(self, client: Any) -> None:
@@ -201,8 +212,9 @@ class RouterDriver:
         if len(attachment) < num_bytes:
             self._break(worker, open_, message.rid)
             return
-        self.last_token = self._clock()
+        now = self.last_token = self._clock()
         open_.tokens.frombytes(attachment[:num_bytes])
+        self.records.wrote(now, open_.record, message.count)
         self._ports.deliver(open_.client, Deliver(request, count=message.count), attachment)
         if message.rid % MAX_ATTEMPTS and len(attachment) > num_bytes:
             self._note_resumed(open_, message.count, attachment)
@@ -226,7 +238,8 @@ class RouterDriver:
             return
         if message.reason in WELL:
             del self._open[request]
-            self.last_token = self._clock()
+            now = self.last_token = self._clock()
+            open_.record.end(now, str(message.reason))
             self._ports.deliver(open_.client, Deliver(request, str(message.reason)), attachment)
         self._decide(message)
 
@@ -236,12 +249,13 @@ class RouterDriver:
         if self._journal is not None:
             self._journal.record(now, event, orders)
         for order in orders:
-            self._do(order)
+            self._do(order, event)
 
-    def _do(self, order: RouterOrder) -> None:
+    def _do(self, order: RouterOrder, event: RouterEvent) -> None:
         match order:
             case Place():
                 open_ = self._open[request_of(order.rid)]
+                self.records.placed(self._clock(), open_.record, order, _reason(event))
                 others = open_.holders if open_.rid == order.rid else ()
                 open_.rid, open_.holders = order.rid, (*others, order.worker)
                 open_.began, open_.sequencer = False, Sequencer(open_.num_written)
@@ -256,6 +270,7 @@ class RouterDriver:
                 self._ports.dismiss(worker)
             case Reject(request=request, status=status, why=why):
                 open_ = self._open.pop(request)
+                open_.record.end(self._clock(), "failed" if open_.record.attempts else "rejected", why)
                 self._ports.deliver(open_.client, Deliver(request, "", status, why), b"")
 
 
@@ -264,3 +279,8 @@ def _ends(reason: Reason, open_: Open) -> bool:
     if reason in WELL:
         return (reason == Reason.COMPUTED) == (open_.max_new == 0)
     return reason not in _BY_HALVES or len(open_.holders) > 1
+
+
+def _reason(event: RouterEvent) -> str:
+    """Why an attempt is followed by another one."""
+    return str(event.reason) if isinstance(event, Failed) else str(Reason.WORKER_LOST)

@@ -11,7 +11,7 @@ import logging
 import socket
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +19,16 @@ import msgspec
 
 from diptych.errors import ProtocolError
 from diptych.journal import Journal
-from diptych.policy.hashes import HASH_BYTES
 from diptych.policy.membership import Dismiss, Drain, Drained, LinkDown, LinkMeasured, LinkUp
 from diptych.policy.messages import Cancel, Cancelled, Emit, Finish, Place, Role, Submitted, Tick, WorkerUp
 from diptych.policy.router import Router
 from diptych.serve import process
+from diptych.serve.account import Prefilled, Received, Stalled
 from diptych.serve.build import cluster_card, differences, facts_of
 from diptych.serve.channel import Channel, listen
 from diptych.serve.clock import Clock
+from diptych.serve.frontend import Label
+from diptych.serve.joined import Client, Joined, fits
 from diptych.serve.liveness import PULSE_S, Liveness, end
 from diptych.serve.router import RouterDriver
 from diptych.serve.wire import (
@@ -35,7 +37,9 @@ from diptych.serve.wire import (
     Deliver,
     Gone,
     Hello,
+    Look,
     Meet,
+    Note,
     Pulse,
     Ready,
     Refuse,
@@ -44,7 +48,6 @@ from diptych.serve.wire import (
     Retire,
     Submit,
     Terms,
-    Ticket,
     check_ids,
     state_of,
     unpack_ids,
@@ -57,35 +60,6 @@ REPORT_S = 1.0  # how long a worker may take to say how it is
 STALL_S = (
     30.0  # with requests in flight, a cluster in which no token moved and no step ended for so long is not healthy
 )
-
-
-@dataclass(slots=True)
-class Joined:
-    """A worker that registered; `up` once it is connected to its peers."""
-
-    channel: Channel
-    card: Register
-    up: bool = False
-
-
-class Client:
-    """An API process: its channel, and its numbers for its requests beside ours."""
-
-    def __init__(self, channel: Channel):
-        self.channel = channel
-        self.ours: dict[int, int] = {}
-        self.theirs: dict[int, int] = {}
-
-    def enter(self, theirs: int, ours: int) -> None:
-        """A request was handed in."""
-        self.ours[theirs], self.theirs[ours] = ours, theirs
-
-    def leave(self, ours: int) -> int | None:
-        """A request is over; returns the client's number."""
-        theirs = self.theirs.pop(ours, None)
-        if theirs is not None:
-            del self.ours[theirs]
-        return theirs
 
 
 class RouterProcess:
@@ -157,6 +131,8 @@ class RouterProcess:
             match message:
                 case Emit() | Finish():
                     self._driver.heard(channel.name, message, attachment)
+                case Prefilled() | Received() | Stalled():
+                    self._driver.records.accounted(message)
                 case Report(number=number):
                     answered = self._reports.pop((channel.name, number), None)
                     if answered is not None:
@@ -286,8 +262,12 @@ class RouterProcess:
                     if ours is not None:
                         client.leave(ours)
                         self._driver.cancel(ours)
-                case Ask(number=number):
-                    self._spawn(self._report(channel, number))
+                case Ask():
+                    self._spawn(self._report(channel, message))
+                case Note():
+                    self._driver.records.noted(message)
+                case Look(number=number):
+                    channel.say(Report(number), msgspec.json.encode({"records": self._look(message)}))
                 case Retire(number=number):
                     channel.say(Report(number), msgspec.json.encode(self._retire(message)))
                 case _:
@@ -298,7 +278,7 @@ class RouterProcess:
 
     def _submit(self, client: Client, message: Submit, attachment: memoryview) -> None:
         ticket = unpack_ticket(attachment)
-        if message.request in client.ours or not self._fits(message, ticket):
+        if message.request in client.ours or not fits(message, ticket, self._card.block_size):
             raise ProtocolError("a Submit whose number or lengths are wrong")
         check_ids(unpack_ids(ticket.tokens), self._card.vocab_size)
         check_ids((token for token, _ in ticket.sampling.logit_bias), self._card.vocab_size)
@@ -306,16 +286,14 @@ class RouterProcess:
         ours = next(self._numbers)
         client.enter(message.request, ours)
         event = Submitted(ours, message.num_prompt, message.max_new, message.hashes, message.priority)
-        self._driver.submit(client, event, ticket)
+        self._driver.submit(client, event, ticket, Label(message.ident, message.caller, message.index))
 
-    def _fits(self, message: Submit, ticket: Ticket) -> bool:
-        """What is said of a prompt's lengths is true."""
-        full = message.num_prompt // self._card.block_size
-        hashes = all(len(digest) == HASH_BYTES for digest in (*message.hashes, ticket.root or bytes(HASH_BYTES)))
-        lengths = len(ticket.tokens) == 4 * message.num_prompt and ticket.num_prompt == message.num_prompt
-        return hashes and lengths and len(message.hashes) <= full and message.max_new < 1 << 31
+    def _look(self, asked: Look) -> list[dict[str, Any]]:
+        """What became of some requests."""
+        records, now = self._driver.records, self._clock()
+        return records.find(now, asked.name) if asked.name else records.latest(now, asked.limit)
 
-    async def _report(self, channel: Channel, number: int) -> None:
+    async def _report(self, channel: Channel, asked: Ask) -> None:
         """Ask every worker how it is; one that does not answer in time is shown as silent."""
         rows = await asyncio.gather(*(self._ask(joined) for joined in list(self._workers.values())))
         token_s = self._clock() - self._driver.last_token
@@ -334,7 +312,11 @@ class RouterProcess:
             "totals": self._driver.policy.num,
             "workers": rows,
         }
-        channel.say(Report(number), msgspec.json.encode(state))
+        telemetry = self._driver.records.telemetry
+        telemetry.look(rows)
+        if asked.metrics:
+            state["metrics"] = telemetry.expose()
+        channel.say(Report(asked.number), msgspec.json.encode(state))
 
     async def _ask(self, joined: Joined) -> dict[str, Any]:
         card, number = joined.card, next(self._numbers)

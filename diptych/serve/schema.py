@@ -21,6 +21,7 @@ from diptych.serve.pooling import (
     ScoreCall,
     Scores,
 )
+from diptych.serve.records import MAX_SHOWN
 from diptych.serve.tokenize import DetokenizeCall, Detokenized, TokenizeCall, Tokenized
 
 _BODIES: dict[str, tuple[type, str, type | None]] = {
@@ -43,9 +44,18 @@ _LOOKS = {
     "/v1/models/{name}": "The same by name",
     "/health": "200 where a token moved lately or nothing was asked, else 503",
     "/workers": "How every worker is",
+    "/requests": "Where the time of the last requests went, newest first",
+    "/requests/{id}": "The same of one, by the id of its reply or its X-Request-Id",
     "/metrics": "Prometheus",
     "/version": "The version",
     "/openapi.json": "This document",
+}
+_TRACE = {"name": "X-Diptych-Trace", "in": "header", "required": False, "schema": {"enum": ["0", "1"]}}
+_LIMIT = {"type": "integer", "minimum": 1, "maximum": MAX_SHOWN, "default": 20}
+_BESIDE: dict[str, dict[str, Any]] = {
+    "/v1/chat/completions": _TRACE,
+    "/v1/completions": _TRACE,
+    "/requests": {"name": "limit", "in": "query", "required": False, "schema": _LIMIT},
 }
 _REF = "#/components/schemas/{name}"
 _ERROR = {
@@ -102,8 +112,10 @@ def _get(path: str, what: str) -> dict[str, Any]:
 
 
 def _parameters(path: str) -> dict[str, Any]:
+    """What is in the path, and beside it."""
     named = [name.partition("}")[0] for name in path.split("{")[1:]]
     found = [{"name": name, "in": "path", "required": True, "schema": {"type": "string"}} for name in named]
+    found += [_BESIDE[path]] if path in _BESIDE else []
     return {"parameters": found} if found else {}
 
 

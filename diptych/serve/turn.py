@@ -4,6 +4,7 @@ Not responsible for the exchange as a whole (`exchange.py`) or for text (`answer
 """
 
 import asyncio
+from time import perf_counter
 from typing import Any
 
 from diptych.engine.executor import Score
@@ -15,6 +16,7 @@ from diptych.serve.logprobs import OfCompletion, entries, of_chat, together
 from diptych.serve.metrics import Timer
 from diptych.serve.replies import PLAIN, Detail, usage
 from diptych.serve.text import Text
+from diptych.serve.wire import Note
 
 
 class Showing:
@@ -85,12 +87,15 @@ class Turn:
         self._request = -1
         self._stream: Stream | None = None
         self._failure = "cancelled"
+        self._ready = self._submitted = self._heard = perf_counter()
+        self._noted = False
         self._taken: list[int] = []
         self._scores: list[Score] = []
 
     def submit(self, frontend: Frontend) -> None:
         """Hand it in."""
         try:
+            self._submitted = perf_counter()
             self._request, self._stream = frontend.submit(self.job)
         except DiptychError:
             self._failure = "rejected"
@@ -108,6 +113,8 @@ class Turn:
         assert self._stream is not None
         chunk = await self._stream.get()
         before = self.answer.num_tokens
+        if not before:
+            self._heard = perf_counter()
         try:
             text = self.answer.feed(chunk)
         except DiptychError as error:
@@ -158,8 +165,24 @@ class Turn:
         """Seconds from the request's arrival to the first token, if one came."""
         return self._timer.ttft_s
 
+    def note(self, frontend: Frontend) -> None:
+        """Tell the router how it looked from here; once."""
+        if self._noted or self._stream is None:
+            return
+        self._noted = True
+        first, waited, out_s = self._timer.ttft_s, 0.0, 0.0
+        if first is not None:
+            out_s = self._timer.arrived + first - self._heard
+        api_s = self._submitted - self._timer.arrived
+        if self.waits:
+            waited = self._submitted - self._ready
+            api_s -= waited
+        label = self.job.label
+        frontend.note(Note(label.ident, label.index, self.ending, first or 0.0, api_s, waited, out_s))
+
     def leave(self, frontend: Frontend) -> None:
         """However it went, the router need not go on with this, and the books are closed."""
         self._timer.end(self.ending, self.answer.cached)
+        self.note(frontend)
         if self._stream is not None and not self.answer.ended:
             frontend.cancel(self._request)

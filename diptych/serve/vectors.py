@@ -6,6 +6,7 @@ time that the cluster is busy and others still get in. Not responsible for what 
 
 import asyncio
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,7 +16,7 @@ from starlette.types import Receive, Scope, Send
 from diptych.errors import DiptychError, Overloaded, Unavailable
 from diptych.serve import openai
 from diptych.serve.exchange import all_of, while_connected
-from diptych.serve.frontend import Chunk, Frontend, Job
+from diptych.serve.frontend import Chunk, Frontend, Job, Label
 from diptych.serve.metrics import Metrics, Timer
 
 Vector = NDArray[np.float32]
@@ -46,7 +47,9 @@ class Vectors:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def run() -> None:
-            vectors = await all_of([self._one(job) for job in self._jobs])
+            caller = scope.get("request_id", "")
+            jobs = [replace(job, label=Label(caller=caller, index=i)) for i, job in enumerate(self._jobs)]
+            vectors = await all_of([self._one(job) for job in jobs])
             await Response(self._render(vectors), media_type="application/json")(scope, receive, send)
 
         await while_connected(receive, run())

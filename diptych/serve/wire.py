@@ -16,6 +16,7 @@ import msgspec
 from diptych import journal
 from diptych.engine.executor import Sampling, Score
 from diptych.errors import ProtocolError
+from diptych.serve.account import Prefilled, Received, Stalled
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +113,9 @@ class Submit:
     max_new: int
     priority: int
     hashes: tuple[bytes, ...]  # of the full prompt blocks
+    ident: str = ""  # what its client knows it by (`frontend.Label`)
+    caller: str = ""
+    index: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,10 +133,37 @@ class Deliver:
 
 
 @dataclass(frozen=True, slots=True)
+class Note:
+    """An API process, when a client has its answer: how it looked from there. `ttft_s` 0: no token came.
+
+    Seconds: `api_s` from the request's arrival until it was ready to be submitted, `leader_s` that it then waited for a
+    sibling with the same prompt, `out_s` from the first token's arrival to its text.
+    """
+
+    ident: str
+    index: int
+    finish: str
+    ttft_s: float
+    api_s: float
+    leader_s: float
+    out_s: float
+
+
+@dataclass(frozen=True, slots=True)
 class Ask:
-    """How are you? Answered by a Report with the same number."""
+    """How are you? Answered by a Report with the same number; `metrics`: with what the router counts."""
 
     number: int
+    metrics: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """What became of the requests known by that name, or ("") of the last `limit`? Answered by a Report."""
+
+    number: int
+    name: str
+    limit: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,6 +198,7 @@ class Bye:
 _OWN_TYPES = (
     Challenge, Hello, Welcome, Terms, Refuse, Register, Meet, Ready, Gone, Submit, Deliver, Ask, Report, Retire, Bye,
     Pulse,
+    Note, Look, Prefilled, Received, Stalled,
 )  # fmt: skip
 CODEC = journal.POLICY.including(journal.Codec(_OWN_TYPES, first_code=64))
 
@@ -219,6 +251,15 @@ class Extra(msgspec.Struct, frozen=True, array_like=True):
     again: tuple[int, int] | None = None
 
 
+class KvState(msgspec.Struct):
+    """What was read here, in all."""
+
+    bytes: float = 0
+    seconds: float = 0
+    transfers: float = 0
+    failed: float = 0
+
+
 class State(msgspec.Struct):
     """What others count on in a worker's Report (JSON); it may say more."""
 
@@ -227,7 +268,7 @@ class State(msgspec.Struct):
     requests: int = 0
     last_step_s: float | None = None
     blocks: dict[str, int] = {}
-    kv: dict[str, float | dict[str, Any]] = {}
+    kv: KvState = msgspec.field(default_factory=KvState)
 
 
 MAX_STATE_BYTES = 1 << 16

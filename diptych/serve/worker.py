@@ -8,19 +8,21 @@ responsible for waiting, nor for any decision.
 from array import array
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from diptych.engine.executor import Result, Score
+from diptych.engine.executor import Result
 from diptych.errors import ProtocolError
 from diptych.journal import Journal
-from diptych.policy.hashes import HASH_BYTES, block_hashes, chain
+from diptych.policy.hashes import HASH_BYTES, block_hashes
 from diptych.policy.membership import Drained, LinkMeasured
 from diptych.policy.messages import (
+    Answer,
     Beat,
     CancelPull,
+    Done,
     Emit,
     Finish,
     Place,
@@ -32,40 +34,20 @@ from diptych.policy.messages import (
     Reason,
     Role,
     Run,
+    Settled,
     StepDone,
     WorkerEvent,
     WorkerOrder,
 )
 from diptych.policy.retention import Replicate
 from diptych.policy.worker import Worker
-from diptych.serve.wire import Extra, check_ids, pack_emit, pack_ids, unpack_ids, unpack_sums, unpack_ticket
+from diptych.serve.account import STALL_S, Accounts, cause_of
+from diptych.serve.held import Held, check_blocks, check_published
+from diptych.serve.wire import Extra, pack_emit, pack_ids, unpack_ids, unpack_sums, unpack_ticket
 from diptych.serve.worker_ports import Ports, ToPeer
 from diptych.transfer.seam import Plan, Stats
 
-MAX_BLOCKS = 1 << 31  # of a pool: they are counted in int32
 MAX_EARLY = 1024  # requests a peer may speak of before our own Place comes
-
-
-@dataclass(slots=True)
-class Held:
-    """What the driver remembers of one attempt at a request."""
-
-    tokens: "array[int]"
-    num_prompt: int
-    hashed: int  # leading full blocks whose hash policy knows
-    parent: bytes  # the hash of the last of them
-    expects: bool  # its KV comes from the peer, and the last of it has not been published
-    checksums: "array[int]"  # of the peer's published blocks, in order
-    computes: bool  # its prompt is computed here
-    num_known: int  # tokens when it was placed here
-    started: bool = False
-    cached: int = 0
-    again: tuple[int, int] | None = None  # tokens of prompt and answer that it had to compute again; until emitted
-    scores: dict[int, Score] = field(default_factory=dict)  # of tokens not emitted yet, by position
-    prompt_scores: list[Score] = field(default_factory=list)  # until the first token is emitted
-    vector: bytes = b""  # what came of a prompt after which nothing is written
-    codec: str = ""  # how the last of its KV that was read here travelled
-    why: str = ""  # and why so
 
 
 class WorkerDriver:
@@ -89,6 +71,7 @@ class WorkerDriver:
         self.num_wire_bytes = 0  # of KV, as it travelled
         self.codecs: dict[str, int] = {}  # reads by codec
         self.links: dict[str, dict[str, Any]] = {}  # the last read from each peer
+        self.accounts = Accounts(ports.lane)
         self.resumed = dict.fromkeys(("requests", "prompt_tokens", "written_tokens"), 0)  # computed again, after a loss
         self._ports = ports
         self._clock = clock
@@ -107,28 +90,19 @@ class WorkerDriver:
                 raise ProtocolError(f"attempt {rid} is shared with {self.policy.partner(rid)}, not with {peer}")
         match event:
             case Publish():
-                self._check_published(event, attachment)
+                check_published(event, attachment, self._vocab_size)
+                self._expect_part(event)
             case Replicate():
                 if [len(digest) for digest in event.hashes] != [HASH_BYTES] * len(event.blocks):
                     raise ProtocolError(f"{len(event.blocks)} blocks, and not as many hashes")
-                _check_blocks(event.blocks)
+                check_blocks(event.blocks)
                 unpack_sums(attachment, len(event.blocks))
         self.on(event, attachment)
 
-    def _check_published(self, event: Publish, attachment: bytes | memoryview) -> None:
-        """A checksum for each block; with the last of them the first token."""
-        _check_blocks(event.blocks)
-        num_sums = 8 * len(event.blocks)
-        unpack_sums(attachment[:num_sums], len(event.blocks))
-        first = unpack_ids(attachment[num_sums:])
-        check_ids(first, self._vocab_size)
-        if len(first) != event.final:
-            raise ProtocolError(f"{len(first)} tokens with a Publish whose 'final' is {event.final}")
+    def _expect_part(self, event: Publish) -> None:
         held = self._held.get(event.rid)
         if held is not None:
-            if not held.expects:
-                raise ProtocolError(f"nothing of attempt {event.rid} is to be published here (any more)")
-            held.expects = not event.final
+            held.publish(event)
         elif len(self._early.get(event.rid, ())) >= MAX_EARLY:
             raise ProtocolError(f"attempt {event.rid} is not here, and {MAX_EARLY} parts of it are known")
 
@@ -136,6 +110,7 @@ class WorkerDriver:
         """Take in an event: hand it to policy, and do what it orders."""
         match event:
             case Place():
+                self.accounts.placed(self._clock(), event)
                 event = self._placed(event, attachment)
             case Publish():
                 self._published(event, attachment)
@@ -149,8 +124,13 @@ class WorkerDriver:
                 self.num_transfers += 1
                 self.num_kv_bytes += event.num_bytes
                 self.kv_seconds += event.elapsed_s
+                self.accounts.read(self._clock(), event)
             case ReadFailed():
                 self.num_failed += 1
+            case Settled(pull=pull):
+                self.accounts.settled(self._clock(), pull)
+            case Answer(rid=rid, ok=True) if coming := self.accounts.arriving(rid):
+                coming.enter(self._clock(), "queue")
         self._decide(event)
 
     def travelled(self, rid: int, peer: str, stats: Stats) -> None:
@@ -166,7 +146,7 @@ class WorkerDriver:
         """The executor is done with a step."""
         run = self._steps.pop(step)
         self.num_steps += 1
-        self._last_step = self._clock()
+        before, self._last_step = self._last_step, self._clock()
         self._computing = self._last_step if self._steps else None
         self._keep_scores(result)
         for rid, vector in result.vectors.items():
@@ -175,8 +155,17 @@ class WorkerDriver:
         for rid, token, _ in result.tokens:
             if rid in self._held:
                 self._held[rid].tokens.append(token)
+        if before is not None and self._last_step - before > STALL_S:
+            self._note_late(run, result, cause_of(run, result.elapsed_s, self._last_step - before))
         finished = tuple(rid for rid, _, ended in result.tokens if ended)
         self._decide(StepDone(step, result.elapsed_s, 1, finished, self._filled(run)))
+
+    def _note_late(self, run: Run, result: Result, cause: str) -> None:
+        """A step ended long after the one before: who got a token from it has waited for it."""
+        for rid, _, _ in result.tokens:
+            held = self._held.get(rid)
+            if held is not None:
+                self.accounts.note(rid, len(held.tokens) - held.num_prompt - 1, cause)
 
     def _keep_scores(self, result: Result) -> None:
         for rid, score in result.scores.items():
@@ -203,10 +192,14 @@ class WorkerDriver:
                     self._computing = self._clock()
                 self._steps[order.step] = order
                 self._note_cached(order)
+                self.accounts.ordered(self._clock(), order)
                 self._ports.run(order)
             case Emit():
+                if order.rid in self.accounts:
+                    self._account(order.rid)
                 self._ports.report(order, self._emitted(self._held[order.rid], order))
             case Finish():
+                self._account_end(order)
                 held = self._held.pop(order.rid, None)
                 self._ports.forget(order.rid)
                 came = held if order.reason == Reason.COMPUTED else None
@@ -216,6 +209,7 @@ class WorkerDriver:
             case Replicate():
                 self._tell(order, self._sums(order.blocks))
             case Pull():
+                self.accounts.pulled(self._clock(), order)
                 source, target = np.array(order.source, np.int32), np.array(order.target, np.int32)
                 self._ports.pull(order, Plan(source, target, np.array(self._expected(order), np.uint64)))
             case CancelPull(pull=pull):
@@ -223,7 +217,22 @@ class WorkerDriver:
             case Drained() | LinkMeasured():
                 self._ports.report(order, b"")
             case _:
+                if isinstance(order, Done) and (coming := self.accounts.arriving(order.rid)):
+                    coming.enter(self._clock(), "answer")
                 self._tell(order, b"")
+
+    def _account(self, rid: int) -> None:
+        """Tell the router what was measured until the first token that this worker adds."""
+        self._ports.report(self.accounts.close(self._clock(), rid, self._held[rid].cached), b"")
+
+    def _account_end(self, order: Finish) -> None:
+        """The same where nothing was to be written, and what held tokens up where something was."""
+        if order.reason == Reason.COMPUTED and order.rid in self.accounts:
+            self._account(order.rid)
+        stalls = self.accounts.stalls(order.rid)
+        if stalls is not None:
+            self._ports.report(stalls, b"")
+        self.accounts.forget(order.rid)
 
     def _expected(self, order: Pull) -> Iterable[int]:
         """The checksums of the blocks that are to be read."""
@@ -239,18 +248,10 @@ class WorkerDriver:
                 held = self._held[piece.rid]
                 if not held.started:
                     held.cached = min(piece.start, held.num_prompt) if held.computes else 0
-                    self._note_resumed(held, piece.start)
+                    held.note_resumed(piece.start, self.resumed)
+                elif piece.rid not in self.accounts:
+                    self.accounts.note(piece.rid, len(held.tokens) - held.num_prompt, "preempted")
                 held.started = True
-
-    def _note_resumed(self, held: Held, start: int) -> None:
-        """Count what an attempt that goes on elsewhere has to compute again. The last token is always computed."""
-        prompt = max(held.num_prompt - start, 0)
-        written = max(held.num_known - 1 - max(start, held.num_prompt), 0)
-        if held.num_known > held.num_prompt and (held.computes or prompt or written):
-            held.again = (prompt, written)
-            self.resumed["requests"] += 1
-            self.resumed["prompt_tokens"] += prompt
-            self.resumed["written_tokens"] += written
 
     def _emitted(self, held: Held, order: Emit) -> bytes:
         """The attachment of an Emit: token ids, and what else is known of them."""
@@ -310,21 +311,16 @@ class WorkerDriver:
         held.checksums.frombytes(data[: 8 * num_sums])
         first = unpack_ids(data[8 * num_sums :])
         if first:
+            if (coming := self.accounts.arriving(rid)) is not None:
+                coming.final(self._clock())
             held.tokens.extend(first)
             self._ports.extend(rid, first)
 
     def _filled(self, run: Run) -> tuple[tuple[int, bytes], ...]:
         """Hashes of the blocks that became full of computed tokens and that policy does not know yet."""
-        size = self.policy.spec.block_size
-        filled = []
-        for piece in run.slices:
-            held = self._held.get(piece.rid)
-            while held is not None and (held.hashed + 1) * size <= piece.start + piece.count:
-                start = held.hashed * size
-                held.parent = chain(held.parent, held.tokens[start : start + size])
-                held.hashed += 1
-                filled.append((piece.rid, held.parent))
-        return tuple(filled)
+        size, held = self.policy.spec.block_size, self._held
+        pieces = (piece for piece in run.slices if piece.rid in held)
+        return tuple((p.rid, digest) for p in pieces for digest in held[p.rid].fill(p.start + p.count, size))
 
     def computing_s(self) -> float:
         """For how long the executor has been at its present step; 0 where there is none."""
@@ -333,33 +329,46 @@ class WorkerDriver:
     def state(self) -> dict[str, Any]:
         """What `/workers` shows of this worker."""
         policy = self.policy
-        return {
-            "role": str(policy.spec.role),
-            "running": len(policy.running),
-            "waiting": len(policy.claims),
-            "requests": len(policy.seqs),
-            "idle": policy.idle_reason(),
-            "preempted": policy.num_preempted,
-            "kept": len(policy.keep),
+        computed = None if self._last_step is None else round(self._clock() - self._last_step, 3)
+        lost = self._journal.num_lost if self._journal is not None else 0
+        return shown(policy) | {
             "resumed": self.resumed,
             "steps": self.num_steps,
-            "last_step_s": None if self._last_step is None else round(self._clock() - self._last_step, 3),
-            "blocks": policy.pool.counts(),
-            "balanced": policy.pool.balanced(),
-            "journal_lost": self._journal.num_lost if self._journal is not None else 0,
-            "kv": {
-                "bytes": self.num_kv_bytes,
-                "seconds": self.kv_seconds,
-                "transfers": self.num_transfers,
-                "failed": self.num_failed,
-                "wire_bytes": self.num_wire_bytes,
-                "codecs": self.codecs,
-                "links": self.links,
-            },
+            "last_step_s": computed,
+            "journal_lost": lost,
+            "kv": moved(self),
         }
 
 
-def _check_blocks(blocks: tuple[int, ...]) -> None:
-    """Indices as a plan takes them; whether a pool has them is seen before a byte moves."""
-    if max(blocks, default=0) >= MAX_BLOCKS:
-        raise ProtocolError(f"block {max(blocks)} is in no pool")
+def shown(policy: Worker) -> dict[str, Any]:
+    """The part of it that policy knows."""
+    return {
+        "role": str(policy.spec.role),
+        "running": len(policy.running),
+        "waiting": len(policy.claims),
+        "requests": len(policy.seqs),
+        "idle": policy.idle_reason(),
+        "preempted": policy.num_preempted,
+        "kept": len(policy.keep),
+        "blocks": policy.pool.counts(),
+        "balanced": policy.pool.balanced(),
+        "leases": {
+            "offered": policy.source.num_open,
+            "expected": policy.sink.num_expected,
+            "kept": len(policy.keep),
+        },
+    }
+
+
+def moved(driver: WorkerDriver) -> dict[str, Any]:
+    """KV that came here, in all."""
+    return {
+        "bytes": driver.num_kv_bytes,
+        "seconds": driver.kv_seconds,
+        "transfers": driver.num_transfers,
+        "failed": driver.num_failed,
+        "wire_bytes": driver.num_wire_bytes,
+        "codecs": driver.codecs,
+        "links": driver.links,
+        "moved": driver.accounts.totals(),
+    }

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from diptych.engine.executor import Sampling
 from diptych.policy.membership import Drained, LinkMeasured
 from diptych.policy.messages import Emit, Finish, Handover, Pull, Retention, Run
+from diptych.serve.account import Account
 from diptych.transfer.seam import Plan
 
 ToPeer = Handover | Retention
@@ -34,8 +35,11 @@ class Ports(Protocol):
     def tell(self, peer: str, message: ToPeer, attachment: bytes) -> None:
         """Send to a peer."""
 
-    def report(self, message: Emit | Finish | Drained | LinkMeasured, attachment: bytes) -> None:
+    def report(self, message: Emit | Finish | Drained | LinkMeasured | Account, attachment: bytes) -> None:
         """Send to the router."""
+
+    def lane(self, peer: str) -> str:
+        """How the blocks of a peer come here, for people to see."""
 
     def checksum(self, blocks: NDArray[np.int32]) -> NDArray[np.uint64]:
         """uint64 [n]: checksums of our own blocks, int32 [n]."""

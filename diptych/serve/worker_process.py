@@ -39,6 +39,7 @@ from diptych.policy.messages import (
     Tick,
 )
 from diptych.serve import process
+from diptych.serve.account import Account
 from diptych.serve.build import Parts, build, facts_of
 from diptych.serve.channel import Channel, call, join_host, listen
 from diptych.serve.clock import Clock
@@ -217,8 +218,12 @@ class WorkerProcess:
         else:
             self._loop.call_soon(self._on, PeerLost(peer))
 
-    def report(self, message: Emit | Finish | Drained | LinkMeasured, attachment: bytes) -> None:
+    def report(self, message: Emit | Finish | Drained | LinkMeasured | Account, attachment: bytes) -> None:
         self._router.say(message, attachment)
+
+    def lane(self, peer: str) -> str:
+        link = self._peers.get(peer)
+        return link.source.lane if link is not None else "gone"
 
     def checksum(self, blocks: NDArray[np.int32]) -> NDArray[np.uint64]:
         return self._transport.checksum(blocks)
