@@ -6,7 +6,7 @@ speed: GB of KV per CPU-second, both ways, native, from memory larger than the c
 quality: the bundled model. Perplexity of the second halves of texts whose first halves' KV crossed as int8, or raw; and
 exact recall from notes through a live pair over TCP. links: reads of `--mb` over emulated links around the predicted
 break-even, raw, int8 and auto in turns; the measured break-even is where a line through (1 / rate, raw - int8) is zero.
-Times are those of the fastest fifth of the reads. The source is a process of its own. Not responsible for real networks.
+Times are those of the fastest fifth of the reads. The source is a process of its own. Not responsible for networks.
 """
 
 import argparse
