@@ -205,7 +205,8 @@ class Simulation:
             self.catch_up_one(machine)
 
     def report(self, machine: Machine, event: RouterEvent) -> None:
-        """A worker, or whoever watches over it, says something to the router."""
+        """A worker, or whoever watches over it, says something to the router, after all that it computed before."""
+        self.catch_up_one(machine)
         when = self.delivery(machine.spec.name, ROUTER, self.agenda.now)
         self.agenda.at(when, self.rank, self.front.tell, event)
 

@@ -2,6 +2,6 @@
 
 Bottom up: `layout` (what bytes mean), `pool` (memory), `native` (copies and checksums, sockets too), `copying` (a plan,
 checked and carried out), `reading` (threads, deadlines, settling), then what connects two workers: `description`,
-`listening`; on one host `handshake`, `exporter`; between hosts `introduction`, `frames`, `serving`, `stream`. Knows
-nothing of requests, leases or scheduling; imports no torch.
+`listening`; on one host `handshake`, `exporter`; between hosts `introduction`, `frames`, `codec`, `serving`, `stream`;
+`emulated` makes links slow that are not. Knows nothing of requests, leases or scheduling; imports no torch.
 """
