@@ -14,6 +14,7 @@ import asyncio
 import contextlib
 import gc
 import json
+import logging
 import os
 import socket
 import struct
@@ -510,7 +511,7 @@ class Grammars:
             grammar = grammar_of(msgspec.convert(said, openai.Call), self.card)
         except BadRequest:
             return
-        matcher, written = Matcher(LLMatcher(self.tokenizer, grammar, limits=limits()), 320), list[int]()
+        matcher, written = Matcher(LLMatcher(self.tokenizer, grammar, limits=limits(), log_level=0), 320), list[int]()
         for _ in range(8):
             allowed = matcher.allowed(written).nonzero()[0]
             if not len(allowed):
@@ -635,6 +636,7 @@ def main() -> None:
     """The command."""
     arguments = _parser().parse_args()
     names = arguments.only.split(",")
+    logging.disable()  # what is refused is said to the log, every time
     for name in names:
         print(run(name, 60 * arguments.minutes / len(names), arguments.seed), flush=True)
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -464,3 +465,18 @@ def test_a_router_that_does_not_say_costs_no_answer(text: Text) -> None:
         body = {"prompt": "hello world", "max_tokens": 2, "diptych_trace": True}
         reply = httpx.post(f"{server.url}/v1/completions", json=body)
         assert reply.status_code == 200 and reply.json()["diptych"] == {"trace": []}
+
+
+def test_nobody_names_workers_offers_or_blocks_from_outside(live: Live) -> None:
+    """Where KV lies and who reads it is never a client's word: such fields are like any that nobody knows."""
+    body = {"prompt": "hello world", "max_tokens": 2}
+    extra = {
+        "kv_transfer_params": {"remote_engine_id": "p0", "remote_block_ids": [0, 1], "remote_host": "::1"},
+        "offer": "AAAA", "rid": 64, "peer": "p0", "worker": "p0", "blocks": [0, 1], "hashes": ["00"], "root": "00",
+    }  # fmt: skip
+    for said in (body, body | extra):
+        assert httpx.post(f"{live.url}/v1/completions", json=said).status_code == 200
+    plain, named = live.frontend.jobs
+    assert replace(named, sampling=plain.sampling) == plain and replace(named.sampling, seed=plain.sampling.seed) == (
+        plain.sampling
+    )

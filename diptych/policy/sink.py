@@ -100,7 +100,7 @@ class Sink:
         self._incoming[seq.rid] = Incoming(seq, now)
         if self._next_beat is None:
             self._next_beat = now + self._beat_s
-        return self._early.pop(seq.rid, [])
+        return [event for event in self._early.pop(seq.rid, []) if event.peer == seq.peer]  # others have no say in it
 
     def keep(self, event: Publish, now: float) -> list[WorkerOrder]:
         """A peer may speak of a request before our own Place arrives; what nobody claims is declined in time."""

@@ -20,7 +20,7 @@ class Held:
     num_prompt: int
     hashed: int  # leading full blocks whose hash policy knows
     parent: bytes  # the hash of the last of them
-    expects: bool  # its KV comes from the peer, and the last of it has not been published
+    expects: str  # the peer its KV comes from, until the last of it is published
     checksums: "array[int]"  # of the peer's published blocks, in order
     computes: bool  # its prompt is computed here
     num_known: int  # tokens when it was placed here
@@ -32,12 +32,6 @@ class Held:
     vector: bytes = b""  # what came of a prompt after which nothing is written
     codec: str = ""  # how the last of its KV that was read here travelled
     why: str = ""  # and why so
-
-    def publish(self, event: Publish) -> None:
-        """Its peer publishes a part of it; ProtocolError where nothing more is to come."""
-        if not self.expects:
-            raise ProtocolError(f"nothing of attempt {event.rid} is to be published here (any more)")
-        self.expects = not event.final
 
     def fill(self, num_computed: int, block_size: int) -> list[bytes]:
         """Hashes of the blocks that are full once so many tokens are computed, but for those known already."""

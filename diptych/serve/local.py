@@ -84,7 +84,7 @@ class _WorkerPorts:
         self._cluster.later(lambda: self._driver.ran(step.step, self._parts.executor.collect(handle)))
 
     def tell(self, peer: str, message: ToPeer, attachment: bytes) -> None:
-        self._cluster.later(lambda: self._cluster.workers[peer].on(message, attachment))
+        self._cluster.later(lambda: self._cluster.workers[peer].told(message.peer, message, attachment))
 
     def report(self, message: Emit | Finish | Drained | LinkMeasured | Account, attachment: bytes) -> None:
         name, router = self._parts.policy.spec.name, self._cluster.router
@@ -133,9 +133,12 @@ class LocalCluster:
         self._answers: dict[int, Answer] = {}
         spec = router or RouterSpec()
         self._journals: list[Journal] = []
-        self.router = RouterDriver(Router(spec), self, self.clock, self._record(journal, "router", spec))
+        vocab = self.card.vocab_size
+        self.router = RouterDriver(Router(spec), self, self.clock, self._record(journal, "router", spec), vocab)
         self.workers = {
-            name: WorkerDriver(p.policy, _WorkerPorts(self, p), self.clock, self._record(journal, name, p.policy.spec))
+            name: WorkerDriver(
+                p.policy, _WorkerPorts(self, p), self.clock, self._record(journal, name, p.policy.spec), vocab
+            )
             for name, p in self.parts.items()
         }
         for p in self.parts.values():

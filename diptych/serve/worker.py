@@ -79,7 +79,7 @@ class WorkerDriver:
         self._held: dict[int, Held] = {}
         self._steps: dict[int, Run] = {}
         self._copied: dict[tuple[str, int], int] = {}  # checksums of blocks that peers let us replicate
-        self._early: OrderedDict[int, list[bytes]] = OrderedDict()  # attachments of Publish that came before Place
+        self._early: OrderedDict[int, list[tuple[Publish, bytes]]] = OrderedDict()  # what came before its Place
 
     def told(self, peer: str, event: ToPeer, attachment: bytes | memoryview = b"") -> None:
         """A peer says something. Raises ProtocolError, with nothing changed, where that is none of its business."""
@@ -102,7 +102,8 @@ class WorkerDriver:
     def _expect_part(self, event: Publish) -> None:
         held = self._held.get(event.rid)
         if held is not None:
-            held.publish(event)
+            if not held.expects:
+                raise ProtocolError(f"nothing of attempt {event.rid} is to be published here (any more)")
         elif len(self._early.get(event.rid, ())) >= MAX_EARLY:
             raise ProtocolError(f"attempt {event.rid} is not here, and {MAX_EARLY} parts of it are known")
 
@@ -281,21 +282,29 @@ class WorkerDriver:
             place = replace(place, hashes=place.hashes + written)
         computes = place.part != Role.DECODE
         self._held[place.rid] = Held(
-            tokens, ticket.num_prompt, len(place.hashes), parent, not computes, array("Q"), computes, len(tokens)
+            tokens,
+            ticket.num_prompt,
+            len(place.hashes),
+            parent,
+            "" if computes else place.peer,
+            array("Q"),
+            computes,
+            len(tokens),
         )
         self._ports.admit(place.rid, tokens.tolist(), ticket.num_prompt, ticket.sampling)
-        for early in self._early.pop(place.rid, []):
-            self._attach(place.rid, early)
+        for publish, early in self._early.pop(place.rid, []):
+            self._published(publish, early)
         return place
 
     def _published(self, event: Publish, attachment: bytes | memoryview) -> None:
-        data = bytes(attachment)
-        if event.rid in self._held:
-            self._attach(event.rid, data)
-            return
-        self._early.setdefault(event.rid, []).append(data)
-        if len(self._early) > MAX_EARLY:
-            self._early.popitem(last=False)
+        held = self._held.get(event.rid)
+        if held is None:
+            self._early.setdefault(event.rid, []).append((event, bytes(attachment)))
+            if len(self._early) > MAX_EARLY:
+                self._early.popitem(last=False)
+        elif held.expects == event.peer:  # what came before the Place may be anybody's
+            held.expects = "" if event.final else held.expects
+            self._attach(event.rid, bytes(attachment))
 
     def _describe(self, order: Publish) -> bytes:
         """The attachment of a Publish: the blocks' checksums, then (final) the first token as one more number."""

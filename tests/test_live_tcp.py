@@ -1,0 +1,128 @@
+"""The same answers where KV crosses by TCP: the bundled model and the paced oracle, in every way of asking.
+
+Chunked is one worker, so nothing crosses; shared memory and TCP are two, and the tokens are equal three times.
+"""
+
+import asyncio
+import random
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from clusters import answer_of, connected, live, settled
+from reference import Reference
+
+from diptych.config import DEMO
+from diptych.engine.executor import Sampling
+from diptych.engine.paced import oracle
+from diptych.serve.build import cluster_card
+from diptych.serve.frontend import Job
+from diptych.serve.supervisor import Supervisor
+from diptych.serve.text import prompt_hashes
+
+MODES: dict[str, dict[str, Any]] = {
+    "chunked": {"mixed": 1, "chunk": 32},
+    "shm": {"prefill": 1, "decode": 1, "chunk": 32, "transport": "shm"},
+    "tcp": {"prefill": 1, "decode": 1, "chunk": 32, "transport": "tcp"},
+}
+NOTES = "Anna keeps bees. Boris sells maps. Clara mends clocks. Dora grows figs. " * 6
+WAYS: dict[str, dict[str, Any]] = {
+    "greedy": {"max_tokens": 24, "temperature": 0},
+    "several, seeded": {"max_tokens": 16, "n": 3, "temperature": 0.9, "top_p": 0.9, "seed": 11},
+    "stop strings": {"max_tokens": 40, "temperature": 0, "stop": ["an", "er", "."]},
+    "penalties": {"temperature": 0, "frequency_penalty": 0.7, "presence_penalty": 0.4, "repetition_penalty": 1.2},
+    "everything": {
+        "max_tokens": 24, "n": 2, "temperature": 1.1, "seed": 5, "top_k": 40, "min_p": 0.02, "frequency_penalty": 0.3,
+        "logit_bias": {"17": 3.0}, "stop": ["q"], "logprobs": 2,
+    },
+    "hardly a temperature": {"max_tokens": 8, "seed": 3, "temperature": 5e-324, "repetition_penalty": 0.01},
+}  # fmt: skip
+
+
+def asked(supervisor: Supervisor) -> dict[str, Any]:
+    """What the server answers to each way of asking, without what is new in every reply."""
+    found = {}
+    with httpx.Client(timeout=60) as http:
+        for name, fields in WAYS.items():
+            body = {"prompt": f"{name}: {NOTES}", "ignore_eos": True, **fields}
+            reply = http.post(f"{supervisor.url}/v1/completions", json=body)
+            assert reply.status_code == 200, reply.text
+            choices = reply.json()["choices"]
+            for choice in choices:
+                for score in ("token_logprobs", "top_logprobs"):
+                    (choice["logprobs"] or {}).pop(score, None)  # equal to 1e-4, not to the last bit
+            found[name] = choices
+    return found
+
+
+def answers_of(mode: str) -> dict[str, Any]:
+    """Start a cluster and ask; the bytes must have crossed, where two workers are at it."""
+    with live(**MODES[mode]) as supervisor:
+        found = asked(supervisor)
+        rows = httpx.get(f"{supervisor.url}/workers").json()["workers"]
+        assert (sum(row["kv"]["transfers"] for row in rows) > 0) == (mode != "chunked")
+        if mode == "tcp":
+            check_against_generate(supervisor)
+    return found
+
+
+@pytest.fixture(scope="module")
+def chunked() -> dict[str, Any]:
+    return answers_of("chunked")
+
+
+@pytest.fixture(scope="module", params=["shm", "tcp"])
+def apart(request: pytest.FixtureRequest) -> dict[str, Any]:
+    return answers_of(request.param)
+
+
+def check_against_generate(supervisor: Supervisor) -> None:
+    """Greedy tokens over TCP are those of transformers."""
+    reference, card, rng = Reference(DEMO), cluster_card(supervisor.cluster), random.Random(6)
+    prompts = [[rng.randrange(5, card.vocab_size) for _ in range(n)] for n in (1, 17, 130, 400)]
+
+    async def run() -> list[list[int]]:
+        async with connected(supervisor) as frontend:
+            streams = [frontend.submit(job(prompt, 32, card))[1] for prompt in prompts]
+            found = [tokens for tokens, _ in await asyncio.gather(*(answer_of(stream) for stream in streams))]
+            await settled(frontend)
+            return found
+
+    for prompt, tokens in zip(prompts, asyncio.run(run()), strict=True):
+        reference.check(reference.greedy(prompt, 32), tokens, f"over TCP, {len(prompt)} prompt tokens")
+    assert reference.num_ties <= 1
+
+
+def job(prompt: list[int], max_new: int, card: Any) -> Job:
+    root, hashes = prompt_hashes(prompt, card)
+    return Job(prompt, max_new, Sampling(), root=root, hashes=hashes)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_the_way_makes_no_difference(chunked: dict[str, Any], apart: dict[str, Any], way: str) -> None:
+    assert apart[way] == chunked[way]
+
+
+def test_every_page_arrives_whole_over_tcp(tmp_path: Path) -> None:
+    """Four workers under load, with pools that fill: the paced model's next token is a hash of all KV."""
+    topology = tmp_path / "cluster.toml"
+    topology.write_text(
+        'engine = "paced"\nkv_memory = "96KiB"\nchunk = 64\ntransport = "tcp"\n[paced]\nbase_ms = 1.0\nvocab = 300\n'
+        '[[worker]]\nrole = "prefill"\ncount = 2\n[[worker]]\nrole = "decode"\ncount = 2\n'
+    )
+
+    async def run(supervisor: Supervisor) -> None:
+        rng, card = random.Random(8), cluster_card(supervisor.cluster)
+        async with connected(supervisor) as frontend:
+            prompts = [[rng.randrange(300) for _ in range(rng.randint(1, 400))] for _ in range(120)]
+            streams = [frontend.submit(job(prompt, 40, card))[1] for prompt in prompts]
+            for prompt, stream in zip(prompts, streams, strict=True):
+                tokens, _ = await asyncio.wait_for(answer_of(stream), 60)
+                assert tokens == oracle(prompt, 40, supervisor.cluster.paced)
+            rows = await settled(frontend)
+            assert sum(row["kv"]["transfers"] for row in rows) >= 100
+            assert sum(row["kv"]["failed"] for row in rows) == 0
+
+    with live(topology) as supervisor:
+        asyncio.run(run(supervisor))
