@@ -394,11 +394,12 @@ class Http:
         self.folder = tempfile.TemporaryDirectory(prefix="fz")
         self.text = Text.load(write_checkpoint(Path(self.folder.name)))
         self.loop = asyncio.new_event_loop()
-        self.clients = []
+        self.clients, self.frontends = [], []
         for kind in ({}, {"task": "embed", "pooling": "last", "width": 4}):
             card = replace(card_of(self.text, 500), **kind)
             frontend = FakeFrontend(lambda job: echo(job) if job.max_new else pooling(job))
             app = make_app(frontend, self.text, card)
+            self.frontends.append(frontend)
             transport = httpx.ASGITransport(app, raise_app_exceptions=True)
             self.clients.append(httpx.AsyncClient(transport=transport, base_url="http://here"))
 
@@ -412,6 +413,9 @@ class Http:
             data = damaged(rng, data)
         client = rng.choice(self.clients)
         self.loop.run_until_complete(asyncio.wait_for(self._case(client, path, data), SLOW_S))
+        for frontend in self.frontends:
+            frontend.jobs.clear()
+            frontend._tasks = []
 
     async def _case(self, client: httpx.AsyncClient, path: str, data: bytes) -> None:
         reply = await client.post(path, content=data)
