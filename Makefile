@@ -8,10 +8,10 @@ PIP    := $(BIN)/pip install --quiet --disable-pip-version-check --constraint co
 ARGS   ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve test chaos lint clients format clean
+.PHONY: help install serve test test-floor chaos fuzz lint clients format clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 install: $(STAMP)  ## make .venv, with every version pinned
 
@@ -32,6 +32,19 @@ test: $(STAMP)  ## run the whole suite
 
 chaos: $(STAMP)  ## kill and stop workers under load, hundreds of times (about a quarter of an hour)
 	@PYTHONPATH=$(CURDIR) $(BIN)/python tests/chaos.py $(ARGS)
+
+# The oldest transformers that pyproject.toml admits. torch stays: an older build is not to be had for every machine.
+FLOOR  := $(VENV)/floor/transformers-5.17.0
+FLOORS := tests/test_models.py tests/test_tokens.py tests/test_engine_torch.py tests/test_vectors.py
+
+$(FLOOR): $(STAMP)
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target $@ transformers==5.17.0 huggingface-hub==1.33.0
+
+test-floor: $(FLOOR)  ## the engine's tests on the oldest transformers there may be
+	@PYTHONPATH=$(FLOOR) $(BIN)/python -m pytest -q -rs -p no:cacheprovider $(FLOORS) $(ARGS)
+
+fuzz: $(STAMP)  ## give every decoder what nobody should write: make fuzz ARGS="--minutes 10"
+	@$(BIN)/python tests/fuzz.py $(ARGS)
 
 lint: $(STAMP)  ## ruff (lint, format) and mypy
 	@failed=; for check in "ruff check" "ruff format --check" mypy; do \

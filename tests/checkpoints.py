@@ -170,6 +170,15 @@ REFUSED: dict[str, tuple[Family, str]] = {
 }
 
 
+def unknown(arch: str) -> str:
+    """Why the transformers that is installed cannot make it; "" where it can."""
+    import transformers
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    family = (FAMILIES[arch] if arch in FAMILIES else REFUSED[arch][0])[0]
+    return "" if family in CONFIG_MAPPING else f"transformers {transformers.__version__} has no {family}"
+
+
 def make_checkpoint(arch: str, folder: Path, seed: int = 0, task: str = "generate", **overrides: Any) -> Path:
     """Write a random fp32 checkpoint of 3 layers, 4 heads on 2 KV heads, vocabulary 300; returns the folder.
 

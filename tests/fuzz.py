@@ -51,6 +51,7 @@ from diptych.serve.structured import grammar_of
 from diptych.serve.text import Text
 from diptych.serve.wire import CODEC, Hello
 from diptych.transfer import description, frames, handshake, introduction, reach
+from diptych.transfer.codec import Staging, rows_of
 from diptych.transfer.layout import Layout
 from diptych.transfer.pool import Pool
 from diptych.transfer.serving import answer
@@ -292,17 +293,19 @@ class Requests:
 
     def __init__(self) -> None:
         self.pool = Pool(LAYOUT, 8)
+        self.staging = Staging(rows_of(LAYOUT))
 
     def __call__(self, rng: Random) -> None:
         ours, theirs = socket.socketpair()
         ids = np.array([rng.randrange(8) for _ in range(rng.randrange(1, 9))], "<i4").tobytes()
         spans = rng.choice((None, (0, 1), (0, 2), (1, 2), (2, 1), (0, 9))), rng.choice((None, (0, 1), (1, 2), (7, 9)))
-        request = frames.encode_request(frames.Request(rng.randrange(99), len(ids) // 4, *spans), ids)
+        kind = rng.choice(("raw", "int8"))
+        request = frames.encode_request(frames.Request(rng.randrange(99), len(ids) // 4, *spans, kind), ids)
         with ours, theirs:
             theirs.sendall(damaged(rng, request))
             theirs.shutdown(socket.SHUT_WR)
             with contextlib.suppress(DiptychError, OSError):
-                while answer(ours, self.pool):
+                while answer(ours, self.pool, self.staging):
                     ours.setblocking(True)
             head = rng.choice((damaged(rng, frames.encode_reply(1, 2, 3)), frames.encode_reply(1, 2, 3)))
             with contextlib.suppress(ProtocolError):
@@ -394,11 +397,12 @@ class Http:
         self.folder = tempfile.TemporaryDirectory(prefix="fz")
         self.text = Text.load(write_checkpoint(Path(self.folder.name)))
         self.loop = asyncio.new_event_loop()
-        self.clients = []
+        self.clients, self.frontends = [], []
         for kind in ({}, {"task": "embed", "pooling": "last", "width": 4}):
             card = replace(card_of(self.text, 500), **kind)
             frontend = FakeFrontend(lambda job: echo(job) if job.max_new else pooling(job))
             app = make_app(frontend, self.text, card)
+            self.frontends.append(frontend)
             transport = httpx.ASGITransport(app, raise_app_exceptions=True)
             self.clients.append(httpx.AsyncClient(transport=transport, base_url="http://here"))
 
@@ -412,6 +416,9 @@ class Http:
             data = damaged(rng, data)
         client = rng.choice(self.clients)
         self.loop.run_until_complete(asyncio.wait_for(self._case(client, path, data), SLOW_S))
+        for frontend in self.frontends:
+            frontend.jobs.clear()
+            frontend._tasks = []
 
     async def _case(self, client: httpx.AsyncClient, path: str, data: bytes) -> None:
         reply = await client.post(path, content=data)

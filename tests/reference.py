@@ -27,8 +27,11 @@ class Reference:
     """transformers' own greedy decoding of one checkpoint in fp32."""
 
     def __init__(self, folder: Path):
-        (name,) = json.loads((folder / "config.json").read_text())["architectures"]
-        self._model = getattr(transformers, name).from_pretrained(folder, dtype=torch.float32).eval()
+        config = json.loads((folder / "config.json").read_text())
+        (name,) = config["architectures"]
+        # Below transformers 5.23 Gemma 2 would take SDPA, which leaves its soft cap out.
+        how = {"attn_implementation": "eager"} if config.get("attn_logit_softcapping") else {}
+        self._model = getattr(transformers, name).from_pretrained(folder, dtype=torch.float32, **how).eval()
         self.num_ties = 0
 
     @torch.inference_mode()

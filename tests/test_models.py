@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 torch = pytest.importorskip("torch")
-pytest.importorskip("transformers")
+transformers = pytest.importorskip("transformers")
 
-from checkpoints import FAMILIES, REFUSED, make_checkpoint  # noqa: E402
+from checkpoints import FAMILIES, REFUSED, make_checkpoint, unknown  # noqa: E402
 from reference import Reference, answers  # noqa: E402
 
 from diptych.engine import adapter, attention, plain  # noqa: E402
@@ -35,6 +35,13 @@ MODES = (
 pytestmark = pytest.mark.filterwarnings("default")
 
 
+def skip_where_unknown(name: str) -> None:
+    """On the oldest transformers there may be (`make test-floor`); the pinned one knows them all."""
+    if why := unknown(name):
+        assert transformers.__version__ < "5.23", why
+        pytest.skip(why)
+
+
 def prompts_of(name: str) -> list[list[int]]:
     rng = random.Random(name)
     return [rng.choices(range(3, 300), k=length) for length in LENGTHS]
@@ -42,6 +49,7 @@ def prompts_of(name: str) -> list[list[int]]:
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_tokens_equal_generate(name: str, tmp_path: Path) -> None:
+    skip_where_unknown(name)
     folder = make_checkpoint(name, tmp_path, seed=1)
     reference = Reference(folder)
     prompts = prompts_of(name)
@@ -55,6 +63,7 @@ def test_tokens_equal_generate(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_would_come_out_wrong_is_refused_with_the_reason(name: str, tmp_path: Path) -> None:
+    skip_where_unknown(name)
     folder = make_checkpoint(name, tmp_path)
     with pytest.raises(ConfigError, match=REFUSED[name][1]):
         adapter.load(folder)

@@ -1,4 +1,20 @@
-"""What every KV transport must do, whatever carries the bytes: one suite, run over each of them."""
+"""What every KV transport must do, whatever carries the bytes: one suite, run over each of them.
+
+| must | local, shm, tcp: here | what needs processes |
+|---|---|---|
+| random plans bit-exact | `random_plans_are_exact` | `test_live_tcp`, `test_live_paced` (oracle) |
+| layer range, head slice | `layer_ranges_and_head_slices`, `one_head_slice` | |
+| kill -9 of the source | | `test_transfer_shm`, `test_transfer_tcp`: idle, in a read, in the middle of a reply |
+| kill -9 of the reader | | `test_live_aborts` (by EOF, not by lease), `test_transfer_tcp::a_reader_that_dies` |
+| SIGSTOP of the source | | `test_transfer_shm::a_stopped_source`, `test_transfer_tcp::a_stopped_source` |
+| SIGSTOP of the reader | | `test_live_aborts` (its leases end; then it computes what it missed) |
+| abort at each stage | `cancelled_before`, `_while_copying`, `_after_the_end`, `whenever_it_was` | `test_live_aborts` |
+| expired lease | `deadline_fails_a_read` | `test_serve_worker`, `test_policy_worker`, `test_live_aborts` |
+| same name, new incarnation | `the_same_name_again` | `test_transfer_shm`, `test_transfer_tcp` |
+| layout mismatch, readable | `pools_that_do_not_fit` | `test_live_hosts::who_does_not_fit` |
+| 1,000 aborts leave nothing | `a_thousand_cancelled_reads` (memory, too) | `test_live_aborts` (0 blocks, memory) |
+| idle CPU | | `test_live_aborts` (whole workers, CPU time of 2.5 s) |
+"""
 
 import asyncio
 import contextlib
