@@ -44,6 +44,8 @@ def encode_request(request: Request, ids: bytes) -> bytes:
 
 def decode_request(head: bytes) -> Request:
     """The fixed part of a request. Raises ProtocolError; whether ids and ranges exist is the pool's and layout's."""
+    if len(head) != _REQUEST.size:
+        raise ProtocolError(f"a request ended after {len(head)} bytes of {_REQUEST.size}")
     magic, num_blocks, number, *ranges, codec = _REQUEST.unpack(head)
     if magic != _MAGIC:
         raise ProtocolError("a request does not begin like one")
@@ -65,6 +67,8 @@ def encode_reply(number: int, num_blocks: int, num_bytes: int, encode_s: float =
 
 def check_reply(head: bytes, number: int, num_blocks: int, num_bytes: int) -> float:
     """Seconds that encoding took; raises ProtocolError unless it is the reply that is due."""
+    if len(head) != _REPLY.size:
+        raise ProtocolError(f"a reply ended after {len(head)} bytes of {_REPLY.size}")
     *said, encode_ns = _REPLY.unpack(head)
     if said != [_MAGIC, num_blocks, number, num_bytes]:
         raise ProtocolError(f"what came is not the reply to request {number} ({num_blocks} blocks, {num_bytes} bytes)")
