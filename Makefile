@@ -8,10 +8,10 @@ PIP    := $(BIN)/pip install --quiet --disable-pip-version-check --constraint co
 ARGS   ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve test test-floor chaos fuzz lint clients format clean
+.PHONY: help install serve test test-floor conformance chaos fuzz lint clients format clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 install: $(STAMP)  ## make .venv, with every version pinned
 
@@ -42,6 +42,9 @@ $(FLOOR): $(STAMP)
 
 test-floor: $(FLOOR)  ## the engine's tests on the oldest transformers there may be
 	@PYTHONPATH=$(FLOOR) $(BIN)/python -m pytest -q -rs -p no:cacheprovider $(FLOORS) $(ARGS)
+
+conformance: $(STAMP)  ## print docs/conformance.md: families and modes against generate() (about two minutes)
+	@PYTHONPATH=$(CURDIR) $(BIN)/python benchmarks/conformance.py --markdown
 
 fuzz: $(STAMP)  ## give every decoder what nobody should write: make fuzz ARGS="--minutes 10"
 	@$(BIN)/python tests/fuzz.py $(ARGS)
