@@ -79,12 +79,28 @@ class Texts:
         return tuple(bytes([text, i]) for i in range(num_tokens // self.size))
 
 
+class Unrecorded:
+    """Stands for the records of requests, on which no decision depends: hears everything and keeps nothing."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return self
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        pass
+
+    def __call__(self, *said: Any) -> Any:
+        return self
+
+
 # --- copying and comparing -------------------------------------------------------------------------------------------
 
 _ATOMS = (int, float, str, bytes, type(None), tuple, frozenset, Enum, type, FunctionType, WorkerSpec, Texts)
 _UNSEEN = {
     "spec", "times", "since", "spent", "num_preempted", "num_freed", "_next_step", "_lease_s", "_beat_s", "_pulls",
     "num", "_clock", "order", "last_token", "sampling", "_ports", "_journal", "_spec", "_times", "_edges",
+    "records", "record",
 }  # fmt: skip
 _UNORDERED = {"_by_hash", "_hash_of", "_keeps"}
 
@@ -412,7 +428,7 @@ class Front:
 
     def __init__(self, spec: RouterSpec, cluster: Sequence[WorkerSpec], texts: Texts):
         self.gate = _Gate(texts)
-        self.driver = RouterDriver(Router(spec), self.gate, _midnight, None)
+        self.driver = RouterDriver(Router(spec), self.gate, _midnight, None, records=Unrecorded())  # type: ignore[arg-type]
         self._cluster = tuple(cluster)
         self._texts = texts
 

@@ -477,6 +477,6 @@ def test_nobody_names_workers_offers_or_blocks_from_outside(live: Live) -> None:
     for said in (body, body | extra):
         assert httpx.post(f"{live.url}/v1/completions", json=said).status_code == 200
     plain, named = live.frontend.jobs
-    assert replace(named, sampling=plain.sampling) == plain and replace(named.sampling, seed=plain.sampling.seed) == (
-        plain.sampling
-    )
+    assert replace(named, sampling=plain.sampling, label=plain.label) == plain and replace(
+        named.sampling, seed=plain.sampling.seed
+    ) == (plain.sampling)
