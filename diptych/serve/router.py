@@ -76,8 +76,9 @@ class Open:
     rid: int = -1
     holders: tuple[str, ...] = ()  # the workers that the present attempt was given to
     began: bool = False  # the present attempt has written a token
-    keeper: str = ""  # who computed its prompt for another and so keeps it; "" once that one is lost
-    kept: bool = False  # that one was still there when the present attempt was placed
+    keeper: str = ""  # who computes its prompt for another, and then keeps it; "" once that one is lost
+    holds: bool = False  # that one is through with it
+    kept: bool = False  # that was so when the present attempt was placed
     sequencer: Sequencer[tuple[str, bytes]] = field(default_factory=lambda: Sequencer(0))
 
     @property
@@ -120,7 +121,7 @@ class RouterDriver:
         self.records = records or Records()
         self.last_token = clock()  # when something last moved
         self.num_broken = 0  # streams that a worker tried to continue at the wrong place; must stay 0
-        self.resumed = {"kept": Resumed(), "not kept": Resumed()}  # was who kept its KV still there?
+        self.resumed = {"kept": Resumed(), "not kept": Resumed()}  # was its KV kept by somebody?
         self._ports = ports
         self._clock = clock
         self._journal = journal
@@ -164,7 +165,8 @@ class RouterDriver:
         """A worker is gone."""
         emitted = tuple((open_.rid, open_.num_written) for open_ in self._open.values() if open_.rid >= 0)
         for open_ in self._open.values():
-            open_.keeper = "" if open_.keeper == worker else open_.keeper
+            if open_.keeper == worker:
+                open_.keeper, open_.holds = "", False
         self._decide(WorkerLost(worker, emitted))
 
     def told(self, event: LinkDown | LinkUp | LinkMeasured | Drain | Drained | Tick) -> None:
@@ -220,6 +222,7 @@ class RouterDriver:
             self._note_resumed(open_, message.count, attachment)
         if not open_.began:
             open_.began = True
+            open_.holds = bool(open_.keeper)
             self._decide(Progress(message.rid))
 
     def _note_resumed(self, open_: Open, count: int, attachment: bytes) -> None:
@@ -260,8 +263,9 @@ class RouterDriver:
                 open_.rid, open_.holders = order.rid, (*others, order.worker)
                 open_.began, open_.sequencer = False, Sequencer(open_.num_written)
                 if order.part != Role.DECODE:
-                    open_.kept = bool(open_.keeper)
-                    open_.keeper = order.worker if order.peer else ""
+                    open_.kept = open_.holds
+                    keeper = order.worker if order.peer else ""
+                    open_.keeper, open_.holds = keeper, open_.holds and keeper == open_.keeper
                 ticket = Ticket(open_.tokens.tobytes(), open_.num_prompt, open_.sampling, open_.root)
                 self._ports.send(order.worker, order, pack(ticket))
             case Cancel() | Drain():
