@@ -43,7 +43,7 @@ $(FLOOR): $(STAMP)
 test-floor: $(FLOOR)  ## the engine's tests on the oldest transformers there may be
 	@PYTHONPATH=$(FLOOR) $(BIN)/python -m pytest -q -rs -p no:cacheprovider $(FLOORS) $(ARGS)
 
-conformance: $(STAMP)  ## print docs/conformance.md: families and modes against generate() (about two minutes)
+conformance: $(STAMP)  ## print docs/conformance.md: families and features in every mode (about three minutes)
 	@PYTHONPATH=$(CURDIR) $(BIN)/python benchmarks/conformance.py --markdown
 
 fuzz: $(STAMP)  ## give every decoder what nobody should write: make fuzz ARGS="--minutes 10"

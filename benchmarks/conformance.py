@@ -1,16 +1,16 @@
-"""Which model families give `generate()`'s tokens in which mode, and why the others are refused.
+"""Which model families give `generate()`'s tokens in which mode, why others are refused, and which features are alike.
 
-    python benchmarks/conformance.py [--families llama,gemma2] [--tcp] [--markdown] > docs/conformance.md
+    python benchmarks/conformance.py [--families llama,gemma2] [--no-features] [--markdown] > docs/conformance.md
 
 Runs every family of `tests/checkpoints.py` as a tiny random checkpoint in fp32 through whole clusters in this process,
-five prompts at once, and compares greedy tokens. A difference counts as a tie only where the reference's two best
-logits are closer than 1e-4. Takes a minute or two on one core. `--tcp` adds, for each family, two worker processes
-between which KV crosses by TCP: some fifteen seconds each. Exits with 1 where tokens differ. Not responsible for
-trained weights, speed or low precision; `tests/test_models.py` holds the same in the suite.
+five prompts at once, and compares greedy tokens; KV crosses by copy, by shared memory and by TCP. A difference counts
+as a tie only where the reference's two best logits are closer than 1e-4. Then every way of asking of `tests/ways.py`
+is put to live servers of the bundled model in each mode, and the replies are compared with the unified one's. Takes
+some three minutes. Exits with 1 where something differs. Not responsible for speed or low precision; in the suite
+`tests/test_models.py` and `tests/test_live_tcp.py` hold the same.
 """
 
 import argparse
-import asyncio
 import os
 import random
 import sys
@@ -19,41 +19,40 @@ import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
+import httpx
 import torch
 import transformers
 from checkpoints import FAMILIES, REFUSED, make_checkpoint
-from clusters import answer_of, connected, live, settled
+from clusters import live
 from reference import Expected, Reference, answers
-from serve_doubles import write_checkpoint
+from ways import WAYS, ask, difference
 
-from diptych.engine.executor import Sampling
 from diptych.errors import ConfigError
-from diptych.serve.build import cluster_card
-from diptych.serve.frontend import Job
-from diptych.serve.supervisor import Supervisor
-from diptych.serve.text import prompt_hashes
 
 LENGTHS = (1, 5, 17, 40, 110)
 NUM_NEW = 24
-MODES: dict[str, dict[str, object]] = {
+MODES: dict[str, dict[str, Any]] = {
     "unified": {"mixed": 1, "chunk": "off"},
     "chunked, 32": {"mixed": 1, "chunk": 32},
     "chunked, 100": {"mixed": 1, "chunk": 100},
     "disaggregated": {"prefill": 1, "decode": 1, "chunk": "off"},
     "disaggregated, 32": {"prefill": 1, "decode": 1, "chunk": 32},
+    "the same, shm": {"prefill": 1, "decode": 1, "chunk": 32, "lane": "shm"},
+    "the same, TCP": {"prefill": 1, "decode": 1, "chunk": 32, "lane": "tcp"},
 }
-
-
-TCP = "TCP, 32"
-
-
-def modes_of(tcp: bool) -> dict[str, dict[str, object]]:
-    """The modes to run a family in."""
-    return MODES | ({TCP: {"prefill": 1, "decode": 1, "chunk": 32, "transport": "tcp"}} if tcp else {})
+LIVE: dict[str, dict[str, Any]] = {
+    "unified": {"mixed": 1, "chunk": "off"},
+    "chunked, 32": {"mixed": 1, "chunk": 32},
+    "disaggregated, shm": {"prefill": 1, "decode": 1, "chunk": "off", "transport": "shm"},
+    "disaggregated, 32, shm": {"prefill": 1, "decode": 1, "chunk": 32, "transport": "shm"},
+    "disaggregated, 32, TCP": {"prefill": 1, "decode": 1, "chunk": 32, "transport": "tcp"},
+    "hybrid": {"mixed": 1, "prefill": 1, "decode": 1, "chunk": 64},
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +70,7 @@ class Verdict:
         return bool(self.refused) or all(outcome == "yes" for outcome in self.modes.values())
 
 
-def judge(name: str, folder: Path, tcp: bool) -> Verdict:
+def judge(name: str, folder: Path) -> Verdict:
     """Run a family through every mode."""
     make_checkpoint(name, folder, seed=1)
     rng = random.Random(name)
@@ -79,30 +78,12 @@ def judge(name: str, folder: Path, tcp: bool) -> Verdict:
     modes: dict[str, str] = {}
     reference = Reference(folder) if name in FAMILIES else None
     expected = [reference.greedy(prompt, NUM_NEW) for prompt in prompts] if reference else []
-    for mode, flags in modes_of(tcp).items():
+    for mode, flags in MODES.items():
         try:
-            answer = over_tcp if mode == TCP else answers
-            modes[mode] = compare(reference, expected, answer(folder, prompts, NUM_NEW, **flags), mode)
+            modes[mode] = compare(reference, expected, answers(folder, prompts, NUM_NEW, **flags), mode)
         except ConfigError as error:
             return Verdict(name, modes, refused=reason_of(error, folder))
     return Verdict(name, modes, reference.num_ties if reference else 0)
-
-
-def over_tcp(folder: Path, prompts: list[list[int]], num_new: int, **flags: object) -> list[list[int]]:
-    """What a live cluster answers to all prompts at once; the KV of each has crossed by TCP."""
-    write_checkpoint(folder)  # an API process wants a tokenizer
-
-    async def run(supervisor: Supervisor) -> list[list[int]]:
-        card = cluster_card(supervisor.cluster)
-        async with connected(supervisor) as frontend:
-            jobs = [Job(p, num_new, Sampling(), 0, *prompt_hashes(p, card)) for p in prompts]
-            streams = [frontend.submit(job)[1] for job in jobs]
-            found = [tokens for tokens, _ in await asyncio.gather(*map(answer_of, streams))]
-            assert sum(row["kv"]["transfers"] for row in await settled(frontend)) == len(prompts)
-            return found
-
-    with live(model=str(folder), kv_memory="4MiB", **flags) as supervisor:
-        return asyncio.run(run(supervisor))
 
 
 def compare(reference: Reference | None, expected: list[Expected], got: list[list[int]], mode: str) -> str:
@@ -123,11 +104,41 @@ def reason_of(error: ConfigError, folder: Path) -> str:
     return message.partition(" is not supported: ")[2] or message.replace(f"{folder}/", "")
 
 
+def features() -> dict[str, dict[str, str]]:
+    """Way of asking -> mode -> "yes", or how the reply differs from the unified server's."""
+    found: dict[str, dict[str, str]] = {way: {} for way in WAYS}
+    wanted: dict[str, Any] = {}
+    for mode, flags in LIVE.items():
+        print(f"features, {mode}", file=sys.stderr)
+        with live(log_level="error", **flags) as supervisor, httpx.Client(timeout=120) as http:
+            for way in WAYS:
+                got = ask(http, supervisor.url, way)
+                found[way][mode] = difference(wanted.setdefault(way, got), got) or "yes"
+    return found
+
+
+def feature_table(found: dict[str, dict[str, str]]) -> Iterable[str]:
+    """What docs/conformance.md says of them."""
+    yield "## Which features are alike"
+    yield ""
+    yield (
+        "The bundled model, live servers, one request of each kind (`tests/ways.py`). ✓ is the same reply as from one "
+        "worker that computes whole prompts: texts, ends and usage alike, log-probabilities and vectors to 1e-3. What "
+        "comes after the tokens (stop strings, several answers, streams, tool calls) is the API process's and knows no "
+        "modes; what comes before and with them is the workers'."
+    )
+    yield ""
+    yield f"| feature | {' | '.join(LIVE)} |"
+    yield "|---" * (len(LIVE) + 1) + "|"
+    for way, modes in found.items():
+        yield f"| {way} | {' | '.join('✓' if said == 'yes' else said for said in modes.values())} |"
+
+
 def markdown(verdicts: list[Verdict]) -> Iterable[str]:
     """The page docs/conformance.md."""
     ran = [v for v in verdicts if not v.refused]
     columns = list(dict.fromkeys(mode for v in ran for mode in v.modes))
-    yield "# Which models run"
+    yield "# Which models run, and which features are alike"
     yield ""
     yield "<!-- written by: python benchmarks/conformance.py --markdown > docs/conformance.md -->"
     yield ""
@@ -178,7 +189,7 @@ def main() -> int:
     """Judge what was asked for and print it."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--families", help="comma-separated model types; default: all")
-    parser.add_argument("--tcp", action="store_true", help="also between two processes, over TCP")
+    parser.add_argument("--no-features", action="store_true", help="families only")
     parser.add_argument("--markdown", action="store_true", help="print docs/conformance.md")
     flags = parser.parse_args()
     warnings.simplefilter("ignore")
@@ -190,10 +201,14 @@ def main() -> int:
     verdicts = []
     for name in names:
         with tempfile.TemporaryDirectory() as folder:
-            verdicts.append(judge(name, Path(folder), flags.tcp))
+            verdicts.append(judge(name, Path(folder)))
         print(f"{len(verdicts)}/{len(names)} {name}", file=sys.stderr)
     print("\n".join(markdown(verdicts) if flags.markdown else plain(verdicts)))
-    return 0 if all(verdict.good for verdict in verdicts) else 1
+    alike = {} if flags.no_features else features()
+    if alike:
+        print("\n".join(("", *feature_table(alike))))
+    same = all(said == "yes" for modes in alike.values() for said in modes.values())
+    return 0 if same and all(verdict.good for verdict in verdicts) else 1
 
 
 if __name__ == "__main__":

@@ -1,16 +1,22 @@
 """What a checkpoint's own `generate()` says, and the one way in which we may differ from it: a tie."""
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
+from lanes import Lanes
 
 from diptych.config import load_cluster
 from diptych.engine.executor import Sampling
 from diptych.serve.build import build
 from diptych.serve.local import LocalCluster
+from diptych.transfer.copying import read_now
+from diptych.transfer.pool import Pool
+from diptych.transfer.seam import Lane, Plan, Stats
 
 TIE = 1e-4  # logits of the two best tokens closer than this are a tie
 
@@ -65,10 +71,26 @@ class Reference:
         assert len(tokens) == len(expected.tokens), f"{what}: {len(tokens)} tokens, generate() has {expected.tokens}"
 
 
-def answers(folder: Path, prompts: list[list[int]], num_new: int, **flags: object) -> list[list[int]]:
-    """What a cluster in this process answers to all prompts at once; afterwards every block of it is home."""
+def answers(
+    folder: Path, prompts: list[list[int]], num_new: int, lane: Lane = "local", **flags: Any
+) -> list[list[int]]:
+    """What a cluster in this process answers to all prompts at once; afterwards every block of it is home.
+
+    lane: how KV crosses from pool to pool.
+    """
+    if lane != "local":
+        with Lanes(lane) as lanes:
+            found = _answers(folder, prompts, num_new, lanes.read, **flags)
+            assert lanes.num_bytes > 0
+            return found
+    return _answers(folder, prompts, num_new, read_now, **flags)
+
+
+def _answers(
+    folder: Path, prompts: list[list[int]], num_new: int, read: Callable[[Pool, Pool, Plan], Stats], **flags: Any
+) -> list[list[int]]:
     config = load_cluster(None, {"model": str(folder), "kv_memory": "4MiB", "cores": [0], **flags})
-    cluster = LocalCluster([build(config, worker) for worker in config.workers])
+    cluster = LocalCluster([build(config, worker) for worker in config.workers], read=read)
     try:
         given = [cluster.submit(prompt, num_new, Sampling()) for prompt in prompts]
         cluster.run_until(given)

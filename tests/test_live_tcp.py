@@ -1,6 +1,6 @@
 """The same answers where KV crosses by TCP: the bundled model and the paced oracle, in every way of asking.
 
-Chunked is one worker, so nothing crosses; shared memory and TCP are two, and the tokens are equal three times.
+Chunked is one worker, so nothing crosses; shared memory and TCP are two, and the replies are the same three times.
 """
 
 import asyncio
@@ -12,6 +12,7 @@ import httpx
 import pytest
 from clusters import answer_of, connected, live, settled
 from reference import Reference
+from ways import WAYS, ask, difference
 
 from diptych.config import DEMO
 from diptych.engine.executor import Sampling
@@ -26,34 +27,12 @@ MODES: dict[str, dict[str, Any]] = {
     "shm": {"prefill": 1, "decode": 1, "chunk": 32, "transport": "shm"},
     "tcp": {"prefill": 1, "decode": 1, "chunk": 32, "transport": "tcp"},
 }
-NOTES = "Anna keeps bees. Boris sells maps. Clara mends clocks. Dora grows figs. " * 6
-WAYS: dict[str, dict[str, Any]] = {
-    "greedy": {"max_tokens": 24, "temperature": 0},
-    "several, seeded": {"max_tokens": 16, "n": 3, "temperature": 0.9, "top_p": 0.9, "seed": 11},
-    "stop strings": {"max_tokens": 40, "temperature": 0, "stop": ["an", "er", "."]},
-    "penalties": {"temperature": 0, "frequency_penalty": 0.7, "presence_penalty": 0.4, "repetition_penalty": 1.2},
-    "everything": {
-        "max_tokens": 24, "n": 2, "temperature": 1.1, "seed": 5, "top_k": 40, "min_p": 0.02, "frequency_penalty": 0.3,
-        "logit_bias": {"17": 3.0}, "stop": ["q"], "logprobs": 2,
-    },
-    "hardly a temperature": {"max_tokens": 8, "seed": 3, "temperature": 5e-324, "repetition_penalty": 0.01},
-}  # fmt: skip
 
 
 def asked(supervisor: Supervisor) -> dict[str, Any]:
-    """What the server answers to each way of asking, without what is new in every reply."""
-    found = {}
+    """What the server answers to each way of asking."""
     with httpx.Client(timeout=60) as http:
-        for name, fields in WAYS.items():
-            body = {"prompt": f"{name}: {NOTES}", "ignore_eos": True, **fields}
-            reply = http.post(f"{supervisor.url}/v1/completions", json=body)
-            assert reply.status_code == 200, reply.text
-            choices = reply.json()["choices"]
-            for choice in choices:
-                for score in ("token_logprobs", "top_logprobs"):
-                    (choice["logprobs"] or {}).pop(score, None)  # equal to 1e-4, not to the last bit
-            found[name] = choices
-    return found
+        return {way: ask(http, supervisor.url, way) for way in WAYS}
 
 
 def answers_of(mode: str) -> dict[str, Any]:
@@ -101,7 +80,7 @@ def job(prompt: list[int], max_new: int, card: Any) -> Job:
 
 @pytest.mark.parametrize("way", WAYS)
 def test_the_way_makes_no_difference(chunked: dict[str, Any], apart: dict[str, Any], way: str) -> None:
-    assert apart[way] == chunked[way]
+    assert difference(apart[way], chunked[way]) == ""
 
 
 def test_every_page_arrives_whole_over_tcp(tmp_path: Path) -> None:

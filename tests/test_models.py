@@ -31,6 +31,15 @@ MODES = (
     {"mixed": 1, "chunk": 32},
     {"prefill": 1, "decode": 1, "chunk": 32},
 )
+LANES = (
+    {"prefill": 1, "decode": 1, "chunk": 32, "lane": "shm"},
+    {"prefill": 1, "decode": 1, "chunk": 32, "lane": "tcp"},
+)
+# What a lane carries is bytes whose shape a family decides: one of each kind. `make conformance` takes all families.
+OVER_LANES = (
+    "llama", "qwen2", "qwen3", "mistral, window", "gemma2", "gemma3_text", "phi3", "gpt_neox", "starcoder2", "olmo2",
+    "granite", "mixtral", "qwen3_moe", "gpt_oss", "deepseek_v3",
+)  # fmt: skip
 # transformers has its say about tiny vocabularies and optional kernels.
 pytestmark = pytest.mark.filterwarnings("default")
 
@@ -55,10 +64,11 @@ def test_tokens_equal_generate(name: str, tmp_path: Path) -> None:
     prompts = prompts_of(name)
     expected = [reference.greedy(prompt, NUM_NEW) for prompt in prompts]
     assert len({token for e in expected for token in e.tokens}) > 8, "a reference that repeats itself proves little"
-    for mode in MODES:
+    modes = MODES + LANES * (name in OVER_LANES)
+    for mode in modes:
         for e, tokens in zip(expected, answers(folder, prompts, NUM_NEW, **mode), strict=True):
             reference.check(e, tokens, f"{name}, {mode}")
-    assert reference.num_ties <= len(MODES)
+    assert reference.num_ties <= len(modes)
 
 
 @pytest.mark.parametrize("name", REFUSED)

@@ -44,7 +44,8 @@ from diptych.serve.wire import Deliver, Ticket, pack_ids, unpack_emit
 from diptych.serve.worker import WorkerDriver
 from diptych.serve.worker_ports import ToPeer
 from diptych.transfer.copying import checksum, read_now
-from diptych.transfer.seam import Plan
+from diptych.transfer.pool import Pool
+from diptych.transfer.seam import Plan, Stats
 
 
 @dataclass(slots=True)
@@ -113,7 +114,7 @@ class _WorkerPorts:
             self._driver.on(Settled(order.pull))
             return
         try:
-            stats = read_now(self._cluster.parts[order.peer].pool, self._parts.pool, plan)
+            stats = self._cluster.read(self._cluster.parts[order.peer].pool, self._parts.pool, plan)
         except TransferError as error:
             self._driver.on(ReadFailed(order.pull, str(error)))
             self._driver.on(Settled(order.pull))
@@ -122,10 +123,20 @@ class _WorkerPorts:
 
 
 class LocalCluster:
-    """Router and workers around one queue. `step()` does the next thing; `run_until` as many as it takes."""
+    """Router and workers around one queue. `step()` does the next thing; `run_until` as many as it takes.
 
-    def __init__(self, parts: Iterable[Parts], router: RouterSpec | None = None, journal: Path | None = None):
+    read: how a plan is carried out between two pools; raises TransferError.
+    """
+
+    def __init__(
+        self,
+        parts: Iterable[Parts],
+        router: RouterSpec | None = None,
+        journal: Path | None = None,
+        read: Callable[[Pool, Pool, Plan], Stats] = read_now,
+    ):
         self.clock: Callable[[], float] = Clock()
+        self.read = read
         self.parts = {p.policy.spec.name: p for p in parts}
         self.card = next(iter(self.parts.values())).card
         self._queue: deque[Callable[[], None]] = deque()
