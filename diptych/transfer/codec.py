@@ -6,7 +6,7 @@ is decoded, and one of the block as it was, compared with the one that was publi
 that were written again, are noticed as with raw ones.
 
 `Chooser` decides for each read from what earlier ones measured: int8 where the bytes it saves would take the link
-longer than encoding and decoding take. Not responsible for encoding (`native/int8.py`) nor for sending (`stream.py`).
+longer than encoding and decoding take, with room for what they varied by (as TCP's timer has: Jacobson 1988). Not responsible for encoding (`native/int8.py`) nor for sending (`stream.py`).
 """
 
 from dataclasses import dataclass
@@ -22,6 +22,7 @@ STAGING_BYTES = 8 << 20  # raw bytes of what is encoded at once
 MIN_BYTES = 64 << 10  # of KV; less is not worth a thought, nor fit to be measured
 _WEIGHT = 0.25  # of the newest measurement
 _GAIN = 0.02  # of the time that raw takes: for less, what is exact is not given up
+_CAUTION = 2.0  # mean deviations that encoding and decoding may take longer than they do on average
 _PROBES = 3  # int8 reads before the codec's speed is believed
 _PROBE_EVERY = 256  # reads, after that: what was slow on a busy machine need not stay so
 
@@ -71,6 +72,7 @@ class Chooser:
     shape: Rows | None
     link_bytes_per_s: float = 0.0  # 0: not measured yet
     codec_s_per_byte: float = 0.0  # encoding there and decoding here
+    codec_spread: float = 0.0  # the mean deviation from that: on busy cores what it takes next is a guess
     num_probes: int = 0
     _num_asked: int = 0
 
@@ -90,8 +92,9 @@ class Chooser:
         if self.num_probes < _PROBES or self._num_asked % _PROBE_EVERY == 0:
             return Choice("int8", "to measure the codec")
         saved_s = self.saved_bytes(num_bytes) / self.link_bytes_per_s
-        spent_s = num_bytes * self.codec_s_per_byte
-        said = f"saves {saved_s * 1e3:.3g} ms at {self.link_bytes_per_s / 1e9:.3g} GB/s, costs {spent_s * 1e3:.3g} ms"
+        spent_s = num_bytes * (self.codec_s_per_byte + _CAUTION * self.codec_spread)
+        rate = f"{self.link_bytes_per_s / 1e9:.3g} GB/s"
+        said = f"saves {saved_s * 1e3:.3g} ms at {rate}, costs up to {spent_s * 1e3:.3g} ms"
         return Choice("int8" if saved_s - spent_s > _GAIN * num_bytes / self.link_bytes_per_s else "raw", said)
 
     def saved_bytes(self, num_bytes: int) -> float:
@@ -113,10 +116,11 @@ class Chooser:
         """So many bytes took so long to encode there and decode here."""
         if num_bytes >= MIN_BYTES:
             found = codec_s / num_bytes
-            first = self.num_probes < _PROBES  # memory is touched for the first time: the least is believed
-            self.codec_s_per_byte = (
-                min(self.codec_s_per_byte or found, found) if first else _mix(self.codec_s_per_byte, found)
-            )
+            if self.num_probes < _PROBES:  # memory is touched for the first time: the least is believed
+                self.codec_s_per_byte = min(self.codec_s_per_byte or found, found)
+            else:
+                self.codec_spread += _WEIGHT * (abs(found - self.codec_s_per_byte) - self.codec_spread)
+                self.codec_s_per_byte = _mix(self.codec_s_per_byte, found)
             self.num_probes += 1
 
 
