@@ -6,7 +6,8 @@ is decoded, and one of the block as it was, compared with the one that was publi
 that were written again, are noticed as with raw ones.
 
 `Chooser` decides for each read from what earlier ones measured: int8 where the bytes it saves would take the link
-longer than encoding and decoding take, with room for what they varied by (as TCP's timer has: Jacobson 1988). Not responsible for encoding (`native/int8.py`) nor for sending (`stream.py`).
+longer than encoding and decoding take, with room for what they varied by (as in TCP's timer: Jacobson 1988). Not
+responsible for encoding (`native/int8.py`) nor for sending (`stream.py`).
 """
 
 from dataclasses import dataclass
