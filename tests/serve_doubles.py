@@ -113,6 +113,7 @@ class FakeFrontend:
     notes: list[Note] = field(default_factory=list)
     routers: str = ""
     well: bool = True
+    silent: list[dict[str, Any]] = field(default_factory=list)  # pairs
     refuse: Exception | None = None
 
     def submit(self, job: Job) -> tuple[int, "asyncio.Queue[Chunk]"]:
@@ -155,7 +156,7 @@ class FakeFrontend:
         return {"id": worker, "state": "draining", "timeout_s": timeout_s, "forced": force}
 
     async def health(self) -> tuple[bool, dict[str, Any]]:
-        return self.well, {"workers": len(self.rows)}
+        return self.well, {"workers": len(self.rows), "silent": self.silent}
 
 
 @dataclass

@@ -204,9 +204,13 @@ def test_looking_in(live: Live) -> None:
 
 def test_health_says_what_the_router_says(live: Live) -> None:
     assert httpx.get(f"{live.url}/health").status_code == 200
+    live.frontend.silent = [{"workers": ["d0", "p0"], "seconds": 31.0}]
+    tired = httpx.get(f"{live.url}/health")
+    assert (tired.status_code, tired.json()["status"]) == (200, "degraded")
+    live.frontend.silent = []
     live.frontend.well = False
     sick = httpx.get(f"{live.url}/health")
-    assert (sick.status_code, sick.json()) == (503, {"status": "unhealthy", "workers": 0})
+    assert (sick.status_code, sick.json()) == (503, {"status": "unhealthy", "workers": 0, "silent": []})
 
 
 def test_a_router_that_does_not_answer(text: Text) -> None:

@@ -1,51 +1,14 @@
 """The router's driver: its books of what a death cost."""
 
-from typing import Any
+from router_double import Workers
 
-from diptych.engine.executor import Sampling
-from diptych.policy.membership import Drain
-from diptych.policy.messages import Cancel, Emit, Place, Role, Submitted, WorkerUp
-from diptych.policy.router import Router
-from diptych.serve.router import Resumed, RouterDriver
-from diptych.serve.wire import Deliver, Extra, Ticket, pack_emit, pack_ids
-
-PROMPT = [1, 2, 3, 4, 5]
-ROLES = {"p0": Role.PREFILL, "p1": Role.PREFILL, "d0": Role.DECODE, "d1": Role.DECODE, "d2": Role.DECODE}
-
-
-class Workers:
-    """Both ports of the driver; remembers who was given the present attempt."""
-
-    def __init__(self) -> None:
-        self.driver = RouterDriver(Router(), self, lambda: 0.0, None)
-        self.at: dict[Role, Place] = {}
-        for name, role in ROLES.items():
-            self.driver.worker_up(WorkerUp(name, 0, role, 64, 4))
-        ticket = Ticket(pack_ids(PROMPT), len(PROMPT), Sampling(), b"")
-        self.driver.submit(self, Submitted(1, len(PROMPT), 10, ()), ticket)
-
-    def send(self, worker: str, order: Place | Cancel | Drain, attachment: bytes) -> None:
-        if isinstance(order, Place):
-            self.at[order.part] = order
-
-    def dismiss(self, worker: str) -> None: ...
-
-    def deliver(self, client: Any, message: Deliver, attachment: bytes) -> None: ...
-
-    def write(self, part: Role, number: int, again: tuple[int, int] | None = None) -> None:
-        """The worker with that part says a token."""
-        place = self.at[part]
-        self.driver.heard(place.worker, Emit(place.rid, number, 1), pack_emit(pack_ids([7]), Extra(0, again=again)))
-
-    def die(self, part: Role) -> str:
-        """The worker with that part is lost; its name."""
-        name = self.at[part].worker
-        self.driver.worker_lost(name)
-        return name
+from diptych.policy.messages import Role
+from diptych.serve.router import Resumed
 
 
 def test_a_keeper_counts_once_it_has_computed_the_prompt() -> None:
     workers = Workers()
+    workers.submit()
     workers.write(Role.PREFILL, 0)
     workers.die(Role.DECODE)
     workers.die(Role.DECODE)  # the next attempt's, before it has said a token
@@ -56,6 +19,7 @@ def test_a_keeper_counts_once_it_has_computed_the_prompt() -> None:
 def test_a_keeper_that_died_halfway_through_was_none() -> None:
     """Its successor's decode worker dies while the prompt is computed anew: what was missing then was not lost now."""
     workers = Workers()
+    workers.submit()
     workers.write(Role.PREFILL, 0)
     first = workers.at[Role.PREFILL].worker
     workers.die(Role.DECODE)

@@ -208,12 +208,13 @@ class Api:
         return {**known, "root": card.name, "max_model_len": card.max_tokens}
 
     async def health(self, request: Request) -> Response:
-        """`GET /health`: 200 where a token moved lately or nothing was asked, else 503."""
+        """`GET /health`: 200 where those who were asked answer, some of them at least, else 503."""
         try:
             well, details = await self._ask(self.frontend.health())
         except DiptychError as error:
             well, details = False, {"why": str(error)}
-        return _json({"status": "ok" if well else "unhealthy", **details}, 200 if well else 503)
+        status = "unhealthy" if not well else "degraded" if details.get("silent") else "ok"
+        return _json({"status": status, **details}, 200 if well else 503)
 
     async def workers(self, request: Request) -> Response:
         """`GET /workers`."""

@@ -133,4 +133,4 @@ class Frontend(Protocol):
         """
 
     async def health(self) -> tuple[bool, dict[str, Any]]:
-        """True where a token moved lately or nothing was asked; and the details."""
+        """True where those who were asked answer, some of them at least; and the details (`health.py`)."""

@@ -7,7 +7,7 @@ in one process (`local.py`). Not responsible for any decision, for HTTP or for s
 
 import logging
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -74,7 +74,8 @@ class Open:
     root: bytes
     record: Record
     rid: int = -1
-    holders: tuple[str, ...] = ()  # the workers that the present attempt was given to
+    holders: tuple[str, ...] = ()  # the workers that the present attempt was given to, in that order
+    placed: float = 0.0  # when that was
     began: bool = False  # the present attempt has written a token
     keeper: str = ""  # who computes its prompt for another, and then keeps it; "" once that one is lost
     holds: bool = False  # that one is through with it
@@ -126,11 +127,17 @@ class RouterDriver:
         self._clock = clock
         self._journal = journal
         self._open: dict[int, Open] = {}
+        self.moved: dict[tuple[str, ...], float] = {}  # when a token last came from these, by whom attempts are held
 
     @property
     def num_open(self) -> int:
         """Requests in flight."""
         return len(self._open)
+
+    @property
+    def open(self) -> Iterable[Open]:
+        """Requests in flight, oldest first."""
+        return self._open.values()
 
     def submit(self, client: Any, event: Submitted, ticket: Ticket, label: Label = NO_LABEL) -> None:
         """A client hands a request in. Its number must be new."""
@@ -163,6 +170,7 @@ class RouterDriver:
 
     def worker_lost(self, worker: str) -> None:
         """A worker is gone."""
+        self.moved = {holders: at for holders, at in self.moved.items() if worker not in holders}
         emitted = tuple((open_.rid, open_.num_written) for open_ in self._open.values() if open_.rid >= 0)
         for open_ in self._open.values():
             if open_.keeper == worker:
@@ -214,7 +222,7 @@ class RouterDriver:
         if len(attachment) < num_bytes:
             self._break(worker, open_, message.rid)
             return
-        now = self.last_token = self._clock()
+        now = self.last_token = self.moved[open_.holders] = self._clock()
         open_.tokens.frombytes(attachment[:num_bytes])
         self.records.wrote(now, open_.record, message.count)
         self._ports.deliver(open_.client, Deliver(request, count=message.count), attachment)
@@ -258,7 +266,8 @@ class RouterDriver:
         match order:
             case Place():
                 open_ = self._open[request_of(order.rid)]
-                self.records.placed(self._clock(), open_.record, order, _reason(event))
+                open_.placed = self._clock()
+                self.records.placed(open_.placed, open_.record, order, _reason(event))
                 others = open_.holders if open_.rid == order.rid else ()
                 open_.rid, open_.holders = order.rid, (*others, order.worker)
                 open_.began, open_.sequencer = False, Sequencer(open_.num_written)

@@ -22,7 +22,7 @@ from diptych.journal import Journal
 from diptych.policy.membership import Dismiss, Drain, Drained, LinkDown, LinkMeasured, LinkUp
 from diptych.policy.messages import Cancel, Cancelled, Emit, Finish, Place, Role, Submitted, Tick, WorkerUp
 from diptych.policy.router import Router
-from diptych.serve import process
+from diptych.serve import health, process
 from diptych.serve.account import Prefilled, Received, Stalled
 from diptych.serve.build import cluster_card, differences, facts_of
 from diptych.serve.channel import Channel, listen
@@ -57,9 +57,6 @@ from diptych.serve.wire import (
 log = logging.getLogger(__name__)
 
 REPORT_S = 1.0  # how long a worker may take to say how it is
-STALL_S = (
-    30.0  # with requests in flight, a cluster in which no token moved and no step ended for so long is not healthy
-)
 
 
 class RouterProcess:
@@ -296,22 +293,7 @@ class RouterProcess:
     async def _report(self, channel: Channel, asked: Ask) -> None:
         """Ask every worker how it is; one that does not answer in time is shown as silent."""
         rows = await asyncio.gather(*(self._ask(joined) for joined in list(self._workers.values())))
-        token_s = self._clock() - self._driver.last_token
-        # A long prompt yields no token for a while, but steps: either is progress.
-        idle_s = min([token_s, *(row["last_step_s"] for row in rows if row.get("last_step_s") is not None)])
-        num_open = self._driver.num_open
-        paths = self._driver.policy.num_paths()
-        state = {
-            "healthy": paths > 0 and (num_open == 0 or idle_s < STALL_S),
-            "paths": paths,
-            "requests": num_open,
-            "last_token_s": round(token_s, 3),
-            "last_progress_s": round(idle_s, 3),
-            "broken_streams": self._driver.num_broken,
-            "resumed": self._driver.resumed,
-            "totals": self._driver.policy.num,
-            "workers": rows,
-        }
+        state = health.report(self._driver, self._clock(), rows) | {"workers": rows}
         telemetry = self._driver.records.telemetry
         telemetry.look(rows)
         if asked.metrics:

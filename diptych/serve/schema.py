@@ -42,7 +42,7 @@ _BODIES: dict[str, tuple[type, str, type | None]] = {
 _LOOKS = {
     "/v1/models": "The model that is served",
     "/v1/models/{name}": "The same by name",
-    "/health": "200 where a token moved lately or nothing was asked, else 503",
+    "/health": "200 where those who were asked answer, some of them at least, else 503",
     "/workers": "How every worker is",
     "/requests": "Where the time of the last requests went, newest first",
     "/requests/{id}": "The same of one, by the id of its reply or its X-Request-Id",
