@@ -54,12 +54,12 @@ class Fates:
         """They have no connection now."""
         return frozenset((one, other)) in self._apart
 
-    def dismiss(self, worker: str) -> None:
-        """The router tells a worker to go, and hangs up."""
+    def dismiss(self, worker: str, incarnation: int) -> None:
+        """The router tells a worker, in the incarnation it knows, to go, and hangs up."""
         simulation = self._simulation
         machine = simulation.machines[worker]
         when = simulation.delivery(ROUTER, worker, simulation.agenda.now)
-        self._later(when, partial(self._leave_for_good, machine, machine.incarnation))
+        self._later(when, partial(self._leave_for_good, machine, incarnation))
         simulation.front.tell(WorkerLost(worker))
 
     def _later(self, when: int, action: partial[None]) -> None:

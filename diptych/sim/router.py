@@ -172,7 +172,7 @@ class RouterSide:
                 self._order[stream.request] = Sequencer(stream.num_tokens)
                 self._simulation.post(ROUTER, order.worker, self._known[order.worker], order)
             case Dismiss(worker=worker):
-                self._simulation.fates.dismiss(worker)
+                self._simulation.fates.dismiss(worker, self._known[worker])
             case Cancel() | Drain():
                 self._simulation.post(ROUTER, order.worker, self._known[order.worker], order)
             case Reject():
