@@ -59,6 +59,7 @@ from diptych.sim.router import ROUTER
 
 _ENDS = (WorkerLost, PeerLost, LinkDown, Drain)  # with which a shutdown begins
 PEER_MESSAGES = (Offer, Publish, Done, Answer, Revoke, Drop, Beat, Replicate, Replicated, Release)
+_AFTER_S = 1e-9
 Entry = tuple[float, Message, list[Message]]
 Pair = tuple[str, str]
 
@@ -204,6 +205,7 @@ class Record:
         self._begin = self._submitted[0][0] - 1.0
         self.end_s = max(log[-1][0] for log in self._log.values() if log) - self._begin + 1.0
         places = [order for _, _, orders in router for order in orders if isinstance(order, Place)]
+        self._cancelled = {event.request: t for t, event, _ in router if isinstance(event, Cancelled)}
         self._first = {place.rid: place.num_tokens - place.num_prompt for place in places}  # each attempt's first token
 
     def arrivals(self) -> list[Recorded]:
@@ -277,7 +279,7 @@ class Record:
                 reports = [order for order in orders if isinstance(order, Emit | Finish)]
                 if reports:  # one frame
                     times = [t for o in reports if (t := self._take(arrived, name, ROUTER, o)) is not None]
-                    found[name, ROUTER].append(max(min(times) - now, 0.0) if times else 0.0)
+                    found[name, ROUTER].append(max(min(times, default=self._unheard(reports)) - now, 0.0))
                 for order in orders:
                     if isinstance(order, Place | Cancel):
                         found[name, order.worker].append(self._delay(arrived, name, order.worker, order, now))
@@ -305,6 +307,12 @@ class Record:
                 elif isinstance(event, (Place, Cancel, LinkMeasured, *PEER_MESSAGES)):
                     found[name, event].append(now)
         return found
+
+    def _unheard(self, reports: Iterable[Emit | Finish]) -> float:
+        """When a report came of which policy heard nothing, though it should have: after its client had left."""
+        told = [r for r in reports if isinstance(r, Finish) or r.first == self._first[r.rid]]
+        left = [self._cancelled.get(request_of(report.rid)) for report in told]
+        return max((when + _AFTER_S for when in left if when is not None), default=0.0)
 
     def _take(self, arrived: dict[Any, deque[float]], sender: str, receiver: str, order: Any) -> float | None:
         match order:
