@@ -28,9 +28,9 @@ def handed_over(records: Records) -> Record:
     """A request that goes through a pair: token 1 after 120 ms at the router, token 2 after another 30."""
     record = records.open(10.0, 5, Label("cmpl-1", "mine", 0), 100, 10)
     rid = place(records, 10.01, record, 0, ("p0", "d0"))
-    records.accounted(Prefilled(rid, 0.02, 0.07, 60, 40, 2))
+    records.accounted("p0", Prefilled(rid, 0.02, 0.07, 60, 40, 2))
     records.wrote(10.12, record, 1)
-    records.accounted(received(rid, memory=0.001, transfer=0.005, answer=0.002, queue=0.003, step=0.015))
+    records.accounted("d0", received(rid, memory=0.001, transfer=0.005, answer=0.002, queue=0.003, step=0.015))
     records.wrote(10.15, record, 1)
     return record
 
@@ -76,9 +76,9 @@ def test_whatever_is_measured_it_adds_up() -> None:
             now += rng.random()
             rid = place(records, now, record, attempt, ("p0", rng.choice(["p0", "d0"])), "worker_lost")
             if rng.random() < 0.8:
-                records.accounted(Prefilled(rid, rng.random(), rng.random(), 1, 2, 3))
+                records.accounted("p0", Prefilled(rid, rng.random(), rng.random(), 1, 2, 3))
             if rng.random() < 0.8:
-                records.accounted(received(rid, memory=rng.random(), transfer=rng.random(), step=rng.random()))
+                records.accounted("d0", received(rid, memory=rng.random(), transfer=rng.random(), step=rng.random()))
             for _ in range(rng.randint(0, 3)):
                 now += rng.random()
                 records.wrote(now, record, rng.randint(1, 2))
@@ -93,7 +93,7 @@ def test_a_failover_has_its_gap() -> None:
     records = Records()
     record = handed_over(records)
     rid = place(records, 10.25, record, 1, ("p0", "d1"), "worker_lost")
-    records.accounted(Prefilled(rid, 0.01, 0.03, 2, 100, 1))
+    records.accounted("p0", Prefilled(rid, 0.01, 0.03, 2, 100, 1))
     records.wrote(10.35, record, 1)
     (found,) = records.find(11.0, "cmpl-1")
     (failover,) = found["failovers"]
@@ -114,7 +114,7 @@ def test_an_attempt_that_wrote_nothing_belongs_to_the_first_token() -> None:
     record = records.open(0.0, 1, Label("a"), 10, 10)
     place(records, 0.5, record, 0, ("p0", "d0"))
     rid = place(records, 2.0, record, 1, ("p1", "d0"), "refused")
-    records.accounted(Prefilled(rid, 0.25, 0.5, 10, 0, 1))
+    records.accounted("p1", Prefilled(rid, 0.25, 0.5, 10, 0, 1))
     records.wrote(3.0, record, 1)
     (found,) = records.find(3.0, "a")
     parts = {"place": 500_000, "retry": 1_500_000, "queue": 250_000, "prefill": 500_000, "wire": 250_000}
@@ -130,7 +130,7 @@ def test_stalls_stand_out_and_have_causes() -> None:
     for token in range(40):
         now += {1: 0.3, 7: 0.2, 20: 0.4, 30: 0.06}.get(token, 0.02)
         records.wrote(now, record, 1)
-    records.accounted(Stalled(rid, ((7, "preempted"), (8, "step"))))
+    records.accounted("d0", Stalled(rid, ((7, "preempted"), (8, "step"))))
     record.end(now, "stop")
     (found,) = records.find(now, "a")
     assert found["median_gap_us"] == 20_000
@@ -144,9 +144,9 @@ def test_stalls_stand_out_and_have_causes() -> None:
 
 def test_accounts_of_strangers_are_nothing() -> None:
     records = Records()
-    records.accounted(Prefilled(attempt_id(7, 0), 1.0, 1.0, 1, 0, 1))
+    records.accounted("p0", Prefilled(attempt_id(7, 0), 1.0, 1.0, 1, 0, 1))
     records.open(0.0, 7, Label(), 1, 1)
-    records.accounted(Prefilled(attempt_id(7, 0), 1.0, 1.0, 1, 0, 1))
+    records.accounted("p0", Prefilled(attempt_id(7, 0), 1.0, 1.0, 1, 0, 1))
     records.noted(Note("nobody", 0, "stop", 1.0, 0.0, 0.0, 0.0))
     (found,) = records.find(1.0, "request-7")
     assert found["ttft"] is None and found["attempts"] == []

@@ -57,10 +57,35 @@ def test_no_counter_ever_falls() -> None:
         before = seen
 
 
-def hand_over(telemetry: Telemetry, read_s: float = 0.001, num_bytes: int = 1_000_000, **phases: float) -> None:
+def test_a_name_that_comes_back_counts_from_the_start() -> None:
+    """A guest, say, whom nobody here counts."""
+    telemetry = Telemetry()
+    for num_bytes in (5000, 100):
+        telemetry.look([row(0, num_bytes, failed=num_bytes // 10)])
+    seen = scrape(telemetry)
+    assert seen["diptych_kv_transfer_bytes_total", "shm", "handover", "p0", "d0"] == 5100
+    assert seen["diptych_kv_transfer_failed_total", "d0"] == 510
+
+
+def test_pairs_that_are_long_gone_are_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("diptych.serve.telemetry.MAX_PAIRS", 3)
+    telemetry = Telemetry()
+    for worker in ("d0", "d1", "d2", "d0", "d3"):
+        telemetry.look([row(0, 100, worker)])
+        hand_over(telemetry, target=worker)
+    targets = {key[-1] for key in scrape(telemetry) if key[0] == "diptych_kv_transfer_bytes_total"}
+    assert targets == {"d0", "d2", "d3"}
+    assert {key[-1] for key in scrape(telemetry) if key[0] == "diptych_kv_transfer_gbps"} == targets
+    assert len(telemetry._seen) == 2 * 3 + 4  # `failed` is by worker
+
+
+def hand_over(
+    telemetry: Telemetry, read_s: float = 0.001, num_bytes: int = 1_000_000, target: str = "d0", **phases: float
+) -> None:
     received = Received(64, "p0", "shm", "raw", "", num_bytes, 1, 0, read_s, 0.0, tuple(phases.items()))
     exposed_s = sum(phases.values())
-    telemetry.handed_over("cmpl-1", "d0", received, waterfall(exposed_s + 0.01, phases.items()), round(1e6 * exposed_s))
+    gap = waterfall(exposed_s + 0.01, phases.items())
+    telemetry.handed_over("cmpl-1", target, received, gap, round(1e6 * exposed_s))
 
 
 def test_an_exposed_transfer_has_a_cause(caplog: pytest.LogCaptureFixture) -> None:

@@ -233,8 +233,12 @@ class Accounts:
             return watch.account(rid, now, num_cached)
         return watch.account(rid, now, self._lane(watch.source))
 
+    def forget_peer(self, peer: str) -> None:
+        """It is gone; who comes under that name is counted from the start."""
+        self._moved = {way: moved for way, moved in self._moved.items() if way[0] != peer}
+
     def totals(self) -> list[dict[str, Any]]:
-        """What was read since this worker started, by source, lane and purpose."""
+        """What was read from those that are still there, by source, lane and purpose."""
         return [
             {"source": source, "lane": lane, "purpose": str(purpose), "bytes": m.num_bytes, "reads": m.num_reads}
             for (source, lane, purpose), m in self._moved.items()

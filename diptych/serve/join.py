@@ -11,6 +11,7 @@ import re
 import secrets
 import socket
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -60,10 +61,15 @@ def join(
     with tempfile.TemporaryDirectory(prefix="diptych-") as runtime:
         # A name that others know this host by may be none that it can listen on itself.
         bind = "0.0.0.0" if host else here
-        orders = Orders(cluster, runtime, key, name, join=address, host=host or here or None, bind=bind)
+        orders = Orders(cluster, runtime, key, name, now_ms(), join=address, host=host or here or None, bind=bind)
         on_event(f"{name}: loading {cluster.model} ...")
         parts = prepare(orders)
         return uvloop.run(_work(orders, parts, lambda text: on_event(f"{name}: {text}"))) or 0
+
+
+def now_ms() -> int:
+    """A guest's incarnation: later ones of a name have greater numbers, though nobody here counts them."""
+    return time.time_ns() // 1_000_000
 
 
 def make_name(role: Role) -> str:

@@ -95,7 +95,7 @@ class _WorkerPorts:
             case Emit() | Finish():
                 self._cluster.later(lambda: router.heard(name, message, attachment))
             case _:
-                self._cluster.later(lambda: router.records.accounted(message))
+                self._cluster.later(lambda: router.records.accounted(name, message))
 
     def lane(self, peer: str) -> str:
         return "local"

@@ -172,6 +172,8 @@ class Peers:
         if not channel.is_open:  # it hung up meanwhile
             await source.close()
             return False
+        if (earlier := self._links.get(card.worker)) is not None:  # it called twice, and both were under way
+            self._unlink(earlier.channel, "it called again")
         link = self._links[card.worker] = Link(card.worker, channel, source, card.incarnation)
         source.lost.add_done_callback(lambda reason: self._unlink(channel, reason.result()))
         if link.name in self._down:

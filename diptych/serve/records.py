@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from diptych.policy.messages import Place, Role, request_of
-from diptych.serve.account import STALL_S, Account, Prefilled, Received, Stalled
+from diptych.serve.account import MAX_NOTED, STALL_S, Account, Prefilled, Received, Stalled
 from diptych.serve.frontend import Label
 from diptych.serve.telemetry import Telemetry
 from diptych.serve.waterfall import micros, waterfall
@@ -134,15 +134,18 @@ class Record:
         self.num_written += count
         self.last = now
 
-    def account(self, said: Account) -> None:
-        """A worker says what it measured of one of the attempts."""
+    def account(self, worker: str, said: Account) -> None:
+        """A worker says what it measured of one of the attempts; of other people's parts nothing is believed."""
         attempt = next((attempt for attempt in self.attempts if attempt.rid == said.rid), None)
-        if isinstance(said, Stalled):
-            self.causes.update(said.causes)
-        elif attempt is not None and isinstance(said, Prefilled):
-            attempt.prefilled = said
-        elif attempt is not None and isinstance(said, Received):
-            attempt.received = said
+        if attempt is None or worker not in (attempt.prefill, attempt.decode):
+            return
+        match said:
+            case Stalled(causes=causes):
+                self.causes.update(causes[: MAX_NOTED - len(self.causes)])
+            case Prefilled() if worker == attempt.prefill:
+                attempt.prefilled = said
+            case Received(source=source) if worker == attempt.decode and source == attempt.prefill:
+                attempt.received = said
 
     def end(self, now: float, state: str, why: str = "") -> None:
         """It is over, and how."""
@@ -277,11 +280,11 @@ class Records:
         if gap is not None and attempt.received is not None:
             self.telemetry.handed_over(record.label.ident, attempt.decode, attempt.received, gap, exposed(gap))
 
-    def accounted(self, said: Account) -> None:
+    def accounted(self, worker: str, said: Account) -> None:
         """A worker says what it measured; also of requests that are over."""
         record = self._by_number.get(request_of(said.rid))
         if record is not None:
-            record.account(said)
+            record.account(worker, said)
 
     def noted(self, note: Note) -> None:
         """An API process says how its client saw it."""

@@ -129,7 +129,7 @@ class RouterProcess:
                 case Emit() | Finish():
                     self._driver.heard(channel.name, message, attachment)
                 case Prefilled() | Received() | Stalled():
-                    self._driver.records.accounted(message)
+                    self._driver.records.accounted(channel.name, message)
                 case Report(number=number):
                     answered = self._reports.pop((channel.name, number), None)
                     if answered is not None:
@@ -310,7 +310,7 @@ class RouterProcess:
         try:
             said = state_of(await asyncio.wait_for(answer, REPORT_S))
         except ProtocolError as error:
-            joined.channel.close(f"it broke the protocol: {error}")
+            log.error("worker %s does not say how it is: %s", card.worker, error)
             return row | {"state": "silent"}
         except TimeoutError:
             self._reports.pop((card.worker, number), None)

@@ -5,6 +5,7 @@ them behind its own. Not responsible for single requests (`records.py`).
 """
 
 import logging
+from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from time import monotonic
 from typing import Any
@@ -18,6 +19,7 @@ log = logging.getLogger(__name__)
 CAUSES = ("memory", "bandwidth", "peer", "answer")
 REASONS = ("worker_lost", "peer_lost", "refused")
 WARN_EVERY_S = 10.0
+MAX_PAIRS = 4096  # of which there are series
 _SLOW = 0.5  # of what a pair usually does
 
 _SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.5, 5.0, 10.0)
@@ -57,6 +59,7 @@ class Telemetry:
             self.failovers.labels(reason)
         self._seen: dict[tuple[str, ...], tuple[int, float]] = {}  # (incarnation, count) at the last look
         self._rates: dict[tuple[str, str], float] = {}
+        self._pairs: OrderedDict[tuple[str, str], set[tuple[str, ...]]] = OrderedDict()  # the ways of each
         self._warned = -WARN_EVERY_S
         self._num_silent = 0
 
@@ -112,15 +115,31 @@ class Telemetry:
             incarnation = int(row.get("incarnation", 0))
             for moved in kv.get("moved", ()):
                 way = (moved["source"], worker, moved["lane"], moved["purpose"])
+                self._use(way)
                 self.num_bytes.labels(*way).inc(self._more(incarnation, ("bytes", *way), moved["bytes"]))
                 self.num_reads.labels(*way).inc(self._more(incarnation, ("reads", *way), moved["reads"]))
             self.num_failed.labels(worker).inc(self._more(incarnation, ("failed", worker), kv.get("failed", 0)))
 
+    def _use(self, way: tuple[str, ...]) -> None:
+        """Where workers come and go under ever new names, the pairs that were idle for longest are shown no more."""
+        pair = (way[0], way[1])
+        self._pairs.setdefault(pair, set()).add(way)
+        self._pairs.move_to_end(pair)
+        if len(self._pairs) > MAX_PAIRS:
+            gone, ways = self._pairs.popitem(last=False)
+            for each in ways:
+                self.num_bytes.remove(*each)
+                self.num_reads.remove(*each)
+                self._seen.pop(("bytes", *each), None)
+                self._seen.pop(("reads", *each), None)
+            if self._rates.pop(gone, None) is not None:
+                self.rate.remove(*gone)
+
     def _more(self, incarnation: int, what: tuple[str, ...], count: float) -> float:
-        """How much a worker's own count grew; it begins at 0 with each incarnation."""
+        """How much a worker's own count grew; it begins at 0 with each incarnation, and whenever it has fallen."""
         known, before = self._seen.get(what, (incarnation, 0.0))
         self._seen[what] = (incarnation, count)
-        return count - before if known == incarnation else count
+        return count - before if known == incarnation and count >= before else count
 
 
 def _cause(received: Received, parts: Mapping[str, int], usual: float | None) -> str:

@@ -9,7 +9,7 @@ import hmac
 from array import array
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 
@@ -251,13 +251,28 @@ class Extra(msgspec.Struct, frozen=True, array_like=True):
     again: tuple[int, int] | None = None
 
 
+Count = Annotated[float, msgspec.Meta(ge=0)]
+Name = Annotated[str, msgspec.Meta(max_length=64)]
+
+
+class Moved(msgspec.Struct):
+    """What was read from one peer, in all."""
+
+    source: Name
+    lane: Name
+    purpose: Name
+    bytes: Count
+    reads: Count
+
+
 class KvState(msgspec.Struct):
     """What was read here, in all."""
 
-    bytes: float = 0
-    seconds: float = 0
-    transfers: float = 0
-    failed: float = 0
+    bytes: Count = 0
+    seconds: Count = 0
+    transfers: Count = 0
+    failed: Count = 0
+    moved: tuple[Moved, ...] = ()
 
 
 class State(msgspec.Struct):

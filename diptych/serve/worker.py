@@ -25,6 +25,7 @@ from diptych.policy.messages import (
     Done,
     Emit,
     Finish,
+    PeerLost,
     Place,
     Publish,
     Pull,
@@ -78,7 +79,7 @@ class WorkerDriver:
         self._journal = journal
         self._held: dict[int, Held] = {}
         self._steps: dict[int, Run] = {}
-        self._copied: dict[tuple[str, int], int] = {}  # checksums of blocks that peers let us replicate
+        self.copied: dict[tuple[str, int], int] = {}  # checksums of blocks that peers let us replicate
         self._early: OrderedDict[int, list[tuple[Publish, bytes]]] = OrderedDict()  # what came before its Place
 
     def told(self, peer: str, event: ToPeer, attachment: bytes | memoryview = b"") -> None:
@@ -116,7 +117,7 @@ class WorkerDriver:
             case Publish():
                 self._published(event, attachment)
             case Replicate():
-                self._copied |= zip(
+                self.copied |= zip(
                     [(event.peer, block) for block in event.blocks],
                     unpack_sums(attachment, len(event.blocks)),
                     strict=True,
@@ -130,6 +131,8 @@ class WorkerDriver:
                 self.num_failed += 1
             case Settled(pull=pull):
                 self.accounts.settled(self._clock(), pull)
+            case PeerLost(peer=peer):
+                forget_peer(self, peer)
             case Answer(rid=rid, ok=True) if coming := self.accounts.arriving(rid):
                 coming.enter(self._clock(), "queue")
         self._decide(event)
@@ -239,7 +242,7 @@ class WorkerDriver:
         """The checksums of the blocks that are to be read."""
         if order.purpose == Purpose.REPLICA:
             # 0: named twice, which a peer that knows its own blocks does not; what is read will not match.
-            return [self._copied.pop((order.peer, block), 0) for block in order.source]
+            return [self.copied.pop((order.peer, block), 0) for block in order.source]
         return self._held[order.rid].checksums[order.first : order.first + len(order.source)]
 
     def _note_cached(self, run: Run) -> None:
@@ -347,6 +350,13 @@ class WorkerDriver:
             "journal_lost": lost,
             "kv": moved(self),
         }
+
+
+def forget_peer(driver: WorkerDriver, peer: str) -> None:
+    """It is gone, or out of reach: nothing is kept under its name."""
+    driver.links.pop(peer, None)
+    driver.accounts.forget_peer(peer)
+    driver.copied = {(name, block): total for (name, block), total in driver.copied.items() if name != peer}
 
 
 def shown(policy: Worker) -> dict[str, Any]:
