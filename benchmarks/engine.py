@@ -61,7 +61,7 @@ def main() -> int:
     parser.add_argument(
         "--quantize", default=None, choices=["int8"], help="the engine's weights; generate() keeps them"
     )
-    parser.add_argument("--level", default="", choices=["", "off", *kernels.LEVELS], help="kernels; or the default ones")
+    parser.add_argument("--level", default="", choices=["", "off", *kernels.LEVELS], help="of the kernels")
     parser.add_argument("--steps", type=int, default=12, help="tokens of an answer that is timed")
     parser.add_argument("--clock", default="wall", choices=["wall", "cpu"], help="cpu: one core's, on a busy machine")
     parser.add_argument("--folder", type=Path, default=Path.home() / ".cache/diptych/benchmarks")

@@ -309,15 +309,18 @@ def _starts(sizes: list[int], first: int = 0) -> list[int]:
 
 
 def main() -> int:
-    """`python -m diptych.engine.kernels [--in-place]`: build this CPU's library, or all of them next to the source."""
-    in_place = "--in-place" in sys.argv[1:]
-    try:
-        for level in LEVELS if in_place else filter(None, [chosen_level()]):
+    """`python -m diptych.engine.kernels [--in-place]`: build this CPU's library, or all of them next to the source.
+
+    What this compiler cannot build is said; it fails where that is all.
+    """
+    in_place, num_built = "--in-place" in sys.argv[1:], 0
+    for level in LEVELS if in_place else filter(None, [chosen_level()]):
+        try:
             print((build.build_in_place if in_place else build.find_or_build)(target(level)))
-    except (OSError, RuntimeError, build.BuildError) as error:
-        print(f"could not build the native kernels: {error}", file=sys.stderr)
-        return 1
-    return 0
+            num_built += 1
+        except (OSError, RuntimeError, build.BuildError) as error:
+            print(f"could not build the native kernels for {level}: {error}", file=sys.stderr)
+    return 0 if num_built else 1
 
 
 if __name__ == "__main__":
