@@ -137,7 +137,7 @@ template <class T> INLINE const T *rows_of(const Matrix &a, int64_t n, int64_t r
     if (!a.scales) return (const T *)a.weight + n * a.columns;
     const int8_t *from = (const int8_t *)a.weight + n * a.columns;
     for (int64_t i = 0; i < rows * a.columns; i += 64) {
-        __builtin_prefetch(from + AHEAD * 2 * rows * a.columns + i, 0, 1);
+        __builtin_prefetch(from + AHEAD * 2 * ROWS * a.columns + i, 0, 1);
         for (int64_t j = i; j < i + 64 && j < rows * a.columns; j += W) widen(from + j, room + j);
     }
     return room;
