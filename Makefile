@@ -8,7 +8,7 @@ PIP    := $(BIN)/pip install --quiet --disable-pip-version-check --constraint co
 ARGS   ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve test test-floor conformance chaos fuzz lint clients format clean
+.PHONY: help install serve wheel test test-floor conformance chaos fuzz lint clients format clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -26,6 +26,20 @@ $(STAMP): pyproject.toml constraints.txt
 
 serve: $(STAMP)  ## serve the bundled model with one prefill and one decode worker
 	@exec $(BIN)/diptych serve $(ARGS)
+
+# Of a copy, so that nothing is packed that was compiled from other sources, and the tree stays as it is.
+WHEEL := build/wheel
+DIST  := dist
+
+wheel: $(STAMP)  ## make dist/*.whl with the libraries of every instruction set, for machines without a compiler
+	@rm -rf $(WHEEL) && mkdir -p $(WHEEL) && cp -r diptych pyproject.toml README.md LICENSE $(WHEEL)
+	@find $(WHEEL) -name '*.so' -delete
+	@cd $(WHEEL) && for module in diptych.transfer.native diptych.engine.kernels; do \
+	  $(abspath $(BIN))/python -m $$module --in-place || exit 1; \
+	done
+	@$(BIN)/pip wheel --quiet --disable-pip-version-check --no-build-isolation --no-deps --wheel-dir $(DIST) \
+	  --config-settings=--build-option=--plat-name=linux_$$(uname -m) $(abspath $(WHEEL))
+	@ls $(DIST)/diptych-*.whl
 
 test: $(STAMP)  ## run the whole suite
 	@$(BIN)/python -m pytest -q -ra --durations=10 $(ARGS)

@@ -30,7 +30,7 @@ import numpy as np
 import torch
 
 from diptych.bench import rounds
-from diptych.engine import adapter, attention
+from diptych.engine import adapter, attention, kernels
 from diptych.engine.executor import Sampling
 from diptych.engine.features import Features
 from diptych.engine.layouts import kv_layout
@@ -61,6 +61,7 @@ def main() -> int:
     parser.add_argument(
         "--quantize", default=None, choices=["int8"], help="the engine's weights; generate() keeps them"
     )
+    parser.add_argument("--level", default="", choices=["", "off", *kernels.LEVELS], help="of the kernels")
     parser.add_argument("--steps", type=int, default=12, help="tokens of an answer that is timed")
     parser.add_argument("--clock", default="wall", choices=["wall", "cpu"], help="cpu: one core's, on a busy machine")
     parser.add_argument("--folder", type=Path, default=Path.home() / ".cache/diptych/benchmarks")
@@ -112,6 +113,7 @@ class _Bench:
         clock = thread_time if arguments.clock == "cpu" else perf_counter
         warnings.simplefilter("ignore")  # transformers has its say about padding
         self.arguments = arguments
+        kernels.WANTED = arguments.level
         self.threads = int(arguments.cores)
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: self.threads])
         torch.set_num_threads(self.threads)

@@ -6,13 +6,15 @@ library or the pool is none of its kinds (float32 and bfloat16 on the CPU, head 
 attention then stays in torch, which is slower.
 
 Each instruction set has a library of its own, so that none holds code that its CPU might not run; `WANTED` names one
-(`LEVELS`), or `off`. `python -m diptych.engine.kernels` compiles ahead of the first start. Not responsible for the
-arithmetic (`native/`), nor for what linear layers (`linears.py`) and whole layers (`fusion.py`) hand to it.
+(`LEVELS`), or `off`. That of tiles (AMX) is only used where it is named: it has never run on a CPU that has them.
+`python -m diptych.engine.kernels` compiles ahead of the first start. Not responsible for the arithmetic (`native/`),
+nor for what linear layers (`linears.py`) and whole layers (`fusion.py`) hand to it.
 """
 
 import ctypes
 import functools
 import logging
+import os
 import platform
 import sys
 from collections.abc import Sequence
@@ -34,10 +36,19 @@ _FOLDER = Path(__file__).with_name("native")
 _HEADERS = tuple(sorted(_FOLDER.glob("*.h")))
 _AVX2 = ("-mavx2", "-mfma")
 _AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl")
+_BF16 = (*_AVX512, "-mavx512bf16")
+TILED = "amxbf16"
 # Best first: name -> the compiler's flags. Without the `-m` each is the CPU's own name for what it must have.
-LEVELS = {"avx512bf16": (*_AVX512, "-mavx512bf16"), "avx512": _AVX512, "avx2": _AVX2, "baseline": ()}
-WANTED = ""  # a level, "off", or the best that the CPU has; tests and measurements set it
-_SPELT = {"avx512bf16": "avx512_bf16"}
+LEVELS = {
+    TILED: (*_BF16, "-mamx-tile", "-mamx-bf16"),
+    "avx512bf16": _BF16,
+    "avx512": _AVX512,
+    "avx2": _AVX2,
+    "baseline": (),
+}
+WANTED = ""  # a level, "off", or the best that the CPU has and that was timed; tests and measurements set it
+_SPELT = {"avx512bf16": "avx512_bf16", "amx-tile": "amx_tile", "amx-bf16": "amx_bf16"}
+_ARCH_PRCTL, _REQ_XCOMP_PERM, _XTILEDATA = 158, 0x1023, 18  # Linux, x86-64: Documentation/arch/x86/xstate.rst
 
 
 def target(level: str) -> build.Target:
@@ -53,10 +64,25 @@ def target(level: str) -> build.Target:
 
 
 def levels_here() -> list[str]:
-    """The levels this CPU can run, best first."""
-    has = _cpu_flags()
-    names = {level: [_SPELT.get(flag[2:], flag[2:]) for flag in flags] for level, flags in LEVELS.items()}
-    return [level for level, needed in names.items() if has.issuperset(needed)]
+    """The levels this CPU can run, best first. Asks Linux for tiles, where the CPU has them."""
+    return [level for level in LEVELS if _has(level) and (level != TILED or tiles_granted())]
+
+
+def _has(level: str) -> bool:
+    """Whether the CPU has a level's instructions."""
+    names = [flag[2:] for flag in LEVELS[level] if flag.startswith("-m")]
+    return _cpu_flags().issuperset(_SPELT.get(name, name) for name in names)
+
+
+@functools.cache
+def tiles_granted() -> bool:
+    """Ask Linux to let this process use tiles (AMX), whose state is large; what it says then holds for all threads."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.syscall(_ARCH_PRCTL, _REQ_XCOMP_PERM, _XTILEDATA) == 0:
+        return True
+    why = os.strerror(ctypes.get_errno())
+    log.warning("Linux does not grant the tiles (AMX) of this CPU, so products are by vectors, and slower: %s", why)
+    return False
 
 
 @functools.cache
@@ -72,13 +98,17 @@ def _cpu_flags() -> set[str]:
 
 
 def chosen_level() -> str | None:
-    """The level to use: `WANTED`, otherwise the best that the CPU has; None for `off`. ValueError for any other."""
-    here = levels_here()
+    """The level to use: `WANTED`, otherwise the best that the CPU has, tiles apart; None for `off`.
+
+    The level of tiles is the next one where Linux does not grant them. ValueError for what is no level of this CPU.
+    """
     if WANTED == "off":
         return None
-    if WANTED and WANTED not in here:
+    if not WANTED or (WANTED == TILED and _has(TILED) and not tiles_granted()):
+        return next(level for level in LEVELS if level != TILED and _has(level))
+    if WANTED not in (here := levels_here()):
         raise ValueError(f"WANTED is {WANTED!r}; this CPU can run {', '.join(here)}, or off")
-    return WANTED or here[0]
+    return WANTED
 
 
 @functools.cache
@@ -107,8 +137,12 @@ def best() -> ctypes.CDLL | None:
 
 
 def multiplies_best(dtype: torch.dtype, level: str | None = None) -> bool:
-    """Whether the library's large products are as fast as torch's: of bfloat16 by vectors, where no tiles are (AMX)."""
-    return dtype == torch.bfloat16 and (level or chosen_level()) == "avx512bf16" and "amx_bf16" not in _cpu_flags()
+    """Whether large products are the library's: of bfloat16, by vectors where the CPU has no tiles (AMX).
+
+    Where it has them oneDNN's are known to be good and ours were never timed, so ours are used if they are asked for.
+    """
+    level = level or chosen_level()
+    return dtype == torch.bfloat16 and (level == TILED or (level == "avx512bf16" and "amx_bf16" not in _cpu_flags()))
 
 
 @dataclass(frozen=True, slots=True)
@@ -275,15 +309,18 @@ def _starts(sizes: list[int], first: int = 0) -> list[int]:
 
 
 def main() -> int:
-    """`python -m diptych.engine.kernels [--in-place]`: build this CPU's library, or all of them next to the source."""
-    in_place = "--in-place" in sys.argv[1:]
-    try:
-        for level in LEVELS if in_place else levels_here()[:1]:
+    """`python -m diptych.engine.kernels [--in-place]`: build this CPU's library, or all of them next to the source.
+
+    What this compiler cannot build is said; it fails where that is all.
+    """
+    in_place, num_built = "--in-place" in sys.argv[1:], 0
+    for level in LEVELS if in_place else filter(None, [chosen_level()]):
+        try:
             print((build.build_in_place if in_place else build.find_or_build)(target(level)))
-    except (OSError, RuntimeError, build.BuildError) as error:
-        print(f"could not build the native kernels: {error}", file=sys.stderr)
-        return 1
-    return 0
+            num_built += 1
+        except (OSError, RuntimeError, build.BuildError) as error:
+            print(f"could not build the native kernels for {level}: {error}", file=sys.stderr)
+    return 0 if num_built else 1
 
 
 if __name__ == "__main__":

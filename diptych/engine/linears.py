@@ -4,7 +4,7 @@ The native kernel takes the weights as they lie ([out, in]; nothing is packed, s
 float32 and bfloat16, and leaves many rows to torch. With `int8` weights are kept in a byte each and a factor for each
 row (its largest is 127), which halves what is read and held; inputs and sums stay as they were. Each shape is tried on
 random input before it is used. Where there is no native library, `packing.py` does what torch can. Not responsible for
-the arithmetic (`native/linear.h`), nor for which layers share an input (`fusion.py`).
+the arithmetic (`native/multiply.h`), nor for which layers share an input (`fusion.py`).
 """
 
 import ctypes
@@ -20,7 +20,7 @@ from diptych.engine import kernels
 log = logging.getLogger(__name__)
 
 MAX_ROWS = 64  # of input; with more of them torch's product is faster, where it has tiles (AMX) or computes in float32
-_TRIED = (1, 7)  # rows of input
+_TRIED = (1, 7, 17)  # rows of input: the last are more than vectors take where there are tiles (native/tiled.h)
 _TOLERANCE = 0.02  # relative: bfloat16 carries 8 bits, and sums are taken in different orders
 COLUMNS = 32  # the width of an input is a multiple of this
 

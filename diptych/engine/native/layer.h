@@ -9,7 +9,7 @@
 
 #pragma once
 #include "attention.h"
-#include "linear.h"
+#include "multiply.h"
 
 // Mirrored by kernels.py. Norms are of type T; those of queries and keys [dim] may be null.
 struct Layer {

@@ -6,7 +6,7 @@
 // fetched by hand (measured on one core: 14 GB/s without, 28 with). Layers that share an input are one call.
 // Sums are taken in an order that depends on the shape alone: neither threads nor other rows change a bit.
 // Many rows of input are as fast as with oneDNN where bfloat16 is multiplied by vectors; where there are tiles for it
-// (AMX), or in float32, it is faster, and linears.py leaves them to it.
+// (AMX), or in float32, it is faster, and linears.py leaves them to it. Our own product by tiles: tiled.h.
 
 #pragma once
 #include "scratch.h"
@@ -132,13 +132,13 @@ INLINE Floats wide(const int8_t *from) {
 INLINE void widen(const int8_t *from, float *to) { store(to, wide(from)); }
 INLINE void widen(const int8_t *from, bf16 *to) { keep(to, wide(from)); }  // whole numbers up to 127 lose nothing
 
-// R rows of a layer as T: where they lie, or widened into `room`, which stays in the first-level cache.
-template <class T, int R> INLINE const T *rows_of(const Matrix &a, int64_t n, T *room) {
+// Some rows of a layer as T: where they lie, or widened into `room`, where few of them stay in the first-level cache.
+template <class T> INLINE const T *rows_of(const Matrix &a, int64_t n, int64_t rows, T *room) {
     if (!a.scales) return (const T *)a.weight + n * a.columns;
     const int8_t *from = (const int8_t *)a.weight + n * a.columns;
-    for (int64_t i = 0; i < R * a.columns; i += 64) {
-        __builtin_prefetch(from + AHEAD * 2 * R * a.columns + i, 0, 1);
-        for (int64_t j = i; j < i + 64 && j < R * a.columns; j += W) widen(from + j, room + j);
+    for (int64_t i = 0; i < rows * a.columns; i += 64) {
+        __builtin_prefetch(from + AHEAD * 2 * ROWS * a.columns + i, 0, 1);
+        for (int64_t j = i; j < i + 64 && j < rows * a.columns; j += W) widen(from + j, room + j);
     }
     return room;
 }
@@ -147,7 +147,7 @@ template <class T, int R>
 INLINE void some_row(const Matrix &a, int64_t n, const typename Dot<T>::Input *x, int64_t num, T *room, bool fetch, T *out,
                      int64_t out_stride) {
     const T *bias = (const T *)a.bias;
-    against_all<T, R>(rows_of<T, R>(a, n, room), bias ? bias + n : nullptr, a.scales ? a.scales + n : nullptr, x, num,
+    against_all<T, R>(rows_of(a, n, R, room), bias ? bias + n : nullptr, a.scales ? a.scales + n : nullptr, x, num,
                       a.columns, fetch && !a.scales, out + n, out_stride);
 }
 
@@ -167,59 +167,30 @@ bool some_rows(const Matrix &a, int64_t first, int64_t end, const typename Dot<T
     return true;
 }
 
-// The input as the products want it; converted, where they do, into `room` [num, columns].
-template <class T> const typename Dot<T>::Input *prepared(const T *x, int64_t num, int64_t columns, float *room) {
-    if constexpr (sizeof(typename Dot<T>::Input) == sizeof(T)) return (const typename Dot<T>::Input *)x;
-    else {
-        for (int64_t i = 0; i < num * columns; i += W) store(room + i, load(x + i));
-        return (const typename Dot<T>::Input *)room;
-    }
-}
-
 // What one thread takes at a time: long enough to stream, short enough to share out fairly.
-INLINE int64_t rows_at_once(int64_t rows, int threads) {
+INLINE int64_t rows_at_once(int64_t rows, int64_t multiple, int threads) {
     if (threads == 1) return rows;
     const int64_t share = (rows + 4 * threads - 1) / (4 * threads);
-    return (share < 16 ? 16 : share + ROWS - 1) / ROWS * ROWS;
+    return ((share < 16 ? 16 : share) + multiple - 1) / multiple * multiple;
 }
 
-INLINE int threads_for(int64_t bytes, int64_t allowed) {
-    const int64_t useful = bytes / MATRIX_THREAD_BYTES;
-    return (int)(useful < 1 ? 1 : useful < allowed ? useful : allowed);
-}
-
-// Several layers of one input: outs[i] is [num, rows of layer i].
-template <class T>
-bool linears(const Matrix *layers, T *const *outs, int count, const typename Dot<T>::Input *x, int64_t num, int64_t allowed) {
-    int64_t bytes = 0;
-    for (int i = 0; i < count; i++) bytes += layers[i].rows * layers[i].columns * (int64_t)sizeof(T);
-    const int threads = threads_for(bytes * (num + 7) / 8, allowed);
-    int64_t next = 0, lacking = 0;
-#pragma omp parallel num_threads(threads) if (threads > 1)
-    for (;;) {
+// Rows of several layers in pieces, for one of the threads that share `next`: work(layer, first, end), until none is left.
+template <class Work>
+INLINE bool in_pieces(const Matrix *layers, int count, int64_t multiple, int threads, int64_t &next, Work work) {
+    for (bool fine = true;;) {
         int64_t mine = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED);
         int i = 0;
         for (; i < count; i++) {
-            const int64_t rows = layers[i].rows, step = rows_at_once(rows, threads), pieces = (rows + step - 1) / step;
+            const int64_t rows = layers[i].rows, step = rows_at_once(rows, multiple, threads), pieces = (rows + step - 1) / step;
             if (mine < pieces) {
                 const int64_t first = mine * step;
-                const int64_t end = first + step < rows ? first + step : rows;
-                if (!some_rows<T>(layers[i], first, end, x, num, outs[i], rows))
-                    __atomic_store_n(&lacking, 1, __ATOMIC_RELAXED);
+                fine &= work(i, first, first + step < rows ? first + step : rows);
                 break;
             }
             mine -= pieces;
         }
-        if (i == count) break;
+        if (i == count) return fine;
     }
-    return !lacking;
-}
-
-thread_local Scratch converted;
-
-template <class T> int64_t linear(const Matrix &a, const T *x, int64_t num, T *out, int64_t allowed) {
-    if (sizeof(typename Dot<T>::Input) != sizeof(T) && !converted.grow(num * a.columns * (int64_t)sizeof(float))) return -1;
-    return linears<T>(&a, &out, 1, prepared(x, num, a.columns, (float *)converted.data), num, allowed) ? 0 : -1;
 }
 
 }  // namespace

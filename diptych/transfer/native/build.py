@@ -1,6 +1,6 @@
 """Finds a compiled library, or compiles it once per machine, source and compiler.
 
-Looked for next to the source (a wheel, or `python -m diptych.transfer.native --in-place`), then in a cache folder
+Looked for next to the source (a wheel, as `make wheel` makes it with `--in-place`), then in a cache folder
 (`$XDG_CACHE_HOME/diptych/native` or `~/.cache/diptych/native`). A build goes to a temporary name and is renamed, under
 a file lock: workers that start together compile once, and nobody loads half a file. The copy routines (and the
 same over sockets) are one `Target`, the engine's attention (`engine/kernels.py`) others.
@@ -64,12 +64,12 @@ def find_or_build(target: Target = COPY) -> Path:
 
 
 def build_in_place(target: Target = COPY) -> Path:
-    """Compile next to the source, for a package that is to be installed without a compiler."""
-    compiler = find_compiler()
-    if compiler is None:
-        raise BuildError("no C++ compiler (c++, g++ or clang++) on the path")
+    """Put the library next to the source, for a package that is to be installed without a compiler."""
     library = _in_place(target)
-    build(compiler, library, target)
+    if not library.exists():
+        unfinished = library.with_suffix(f".{os.getpid()}.tmp")
+        shutil.copy(find_or_build(target), unfinished)
+        os.replace(unfinished, library)
     return library
 
 
