@@ -113,7 +113,8 @@ class _WorkerPorts:
             self._driver.on(Settled(order.pull))
             return
         try:
-            stats = read_now(self._cluster.parts[order.peer].pool, self._parts.pool, plan)
+            readable = self._cluster.workers[order.peer].permits.readable
+            stats = read_now(self._cluster.parts[order.peer].pool, self._parts.pool, plan, readable)
         except TransferError as error:
             self._driver.on(ReadFailed(order.pull, str(error)))
             self._driver.on(Settled(order.pull))

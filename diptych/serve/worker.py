@@ -1,13 +1,13 @@
 """The live driver of `policy/worker.py`: hands it events, and does what it orders through five ports.
 
-Keeps what policy must not see: token ids, sampling parameters, checksums. The same class runs in a worker process
-(`worker_process.py`: sockets, threads) and in one process for tests and offline use (`local.py`: a queue). Not
+Keeps what policy must not see: token ids, sampling parameters, checksums, permits. The same class runs in a worker
+process (`worker_process.py`: sockets, threads) and in one process for tests and offline use (`local.py`: a queue). Not
 responsible for waiting, nor for any decision.
 """
 
 from array import array
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -16,7 +16,7 @@ import numpy as np
 from diptych.engine.executor import Result
 from diptych.errors import ProtocolError
 from diptych.journal import Journal
-from diptych.policy.hashes import HASH_BYTES, block_hashes
+from diptych.policy.hashes import block_hashes
 from diptych.policy.membership import Drained, LinkMeasured
 from diptych.policy.messages import (
     Answer,
@@ -42,16 +42,17 @@ from diptych.policy.messages import (
 from diptych.policy.retention import Replicate
 from diptych.policy.worker import Worker
 from diptych.serve.account import STALL_S, Accounts, cause_of
-from diptych.serve.held import Held, check_blocks, check_published
-from diptych.serve.wire import Extra, pack_emit, pack_ids, unpack_ids, unpack_sums, unpack_ticket
+from diptych.serve.held import Held, check_published, check_replicated
+from diptych.serve.permits import Permits
+from diptych.serve.wire import Extra, pack_emit, pack_ids, unpack_offered, unpack_published, unpack_ticket
 from diptych.serve.worker_ports import Ports, ToPeer
-from diptych.transfer.seam import Plan, Stats
+from diptych.transfer.seam import NO_PERMIT, Plan, Stats
 
 MAX_EARLY = 1024  # requests a peer may speak of before our own Place comes
 
 
 class WorkerDriver:
-    """Drives one policy object. All calls come from one thread."""
+    """Drives one policy object. All calls come from one thread; only `permits` may be asked from others."""
 
     def __init__(
         self,
@@ -62,6 +63,7 @@ class WorkerDriver:
         vocab_size: int = 1 << 31,
     ):
         self.policy = policy
+        self.permits = Permits(policy)
         self._vocab_size = vocab_size
         self.num_steps = 0
         self._last_step: float | None = None  # when one was last done
@@ -78,7 +80,7 @@ class WorkerDriver:
         self._journal = journal
         self._held: dict[int, Held] = {}
         self._steps: dict[int, Run] = {}
-        self._copied: dict[tuple[str, int], int] = {}  # checksums of blocks that peers let us replicate
+        self._copied: dict[tuple[str, int], tuple[bytes, int]] = {}  # permits, checksums of blocks we may replicate
         self._early: OrderedDict[int, list[tuple[Publish, bytes]]] = OrderedDict()  # what came before its Place
 
     def told(self, peer: str, event: ToPeer, attachment: bytes | memoryview = b"") -> None:
@@ -93,10 +95,7 @@ class WorkerDriver:
                 check_published(event, attachment, self._vocab_size)
                 self._expect_part(event)
             case Replicate():
-                if [len(digest) for digest in event.hashes] != [HASH_BYTES] * len(event.blocks):
-                    raise ProtocolError(f"{len(event.blocks)} blocks, and not as many hashes")
-                check_blocks(event.blocks)
-                unpack_sums(attachment, len(event.blocks))
+                check_replicated(event, attachment)
         self.on(event, attachment)
 
     def _expect_part(self, event: Publish) -> None:
@@ -116,11 +115,9 @@ class WorkerDriver:
             case Publish():
                 self._published(event, attachment)
             case Replicate():
-                self._copied |= zip(
-                    [(event.peer, block) for block in event.blocks],
-                    unpack_sums(attachment, len(event.blocks)),
-                    strict=True,
-                )
+                permit, sums = unpack_offered(attachment, len(event.blocks))
+                for block, checksum in zip(event.blocks, sums, strict=True):
+                    self._copied[event.peer, block] = permit, checksum
             case Read():
                 self.num_transfers += 1
                 self.num_kv_bytes += event.num_bytes
@@ -208,11 +205,10 @@ class WorkerDriver:
             case Publish():
                 self._tell(order, self._describe(order))
             case Replicate():
-                self._tell(order, self._sums(order.blocks))
+                self._tell(order, self._offered(order))
             case Pull():
                 self.accounts.pulled(self._clock(), order)
-                source, target = np.array(order.source, np.int32), np.array(order.target, np.int32)
-                self._ports.pull(order, Plan(source, target, np.array(self._expected(order), np.uint64)))
+                self._ports.pull(order, self._plan(order))
             case CancelPull(pull=pull):
                 self._ports.cancel_pull(pull)
             case Drained() | LinkMeasured():
@@ -235,12 +231,17 @@ class WorkerDriver:
             self._ports.report(stalls, b"")
         self.accounts.forget(order.rid)
 
-    def _expected(self, order: Pull) -> Iterable[int]:
-        """The checksums of the blocks that are to be read."""
+    def _plan(self, order: Pull) -> Plan:
+        """What is to be read, by what permit, and the checksums it is to have."""
         if order.purpose == Purpose.REPLICA:
-            # 0: named twice, which a peer that knows its own blocks does not; what is read will not match.
-            return [self._copied.pop((order.peer, block), 0) for block in order.source]
-        return self._held[order.rid].checksums[order.first : order.first + len(order.source)]
+            # The default: named twice, which a peer that knows its own blocks does not; what is read will not match.
+            known = [self._copied.pop((order.peer, block), (NO_PERMIT, 0)) for block in order.source]
+            permit, sums = known[0][0], [checksum for _, checksum in known]
+        else:
+            held = self._held[order.rid]
+            permit, sums = held.permit, list(held.checksums[order.first : order.first + len(order.source)])
+        source, target = np.array(order.source, np.int32), np.array(order.target, np.int32)
+        return Plan(source, target, np.array(sums, np.uint64), permit=permit)
 
     def _note_cached(self, run: Run) -> None:
         """A sequence that starts behind its first token does so because its prefix was found."""
@@ -304,26 +305,27 @@ class WorkerDriver:
                 self._early.popitem(last=False)
         elif held.expects == event.peer:  # what came before the Place may be anybody's
             held.expects = "" if event.final else held.expects
-            self._attach(event.rid, bytes(attachment))
+            self._attach(event, attachment)
 
     def _describe(self, order: Publish) -> bytes:
-        """The attachment of a Publish: the blocks' checksums, then (final) the first token as one more number."""
+        """The attachment of a Publish: what lets its blocks be read, then (final) the first token."""
         first = pack_ids([self._held[order.rid].tokens[-1]]) if order.final else b""
-        return self._sums(order.blocks) + first
+        return self._offered(order) + first
 
-    def _sums(self, blocks: tuple[int, ...]) -> bytes:
-        return self._ports.checksum(np.array(blocks, np.int32)).tobytes() if blocks else b""
+    def _offered(self, order: Publish | Replicate) -> bytes:
+        """What lets blocks of ours be read: a permit, and their checksums."""
+        sums = self._ports.checksum(np.array(order.blocks, np.int32)).tobytes() if order.blocks else b""
+        return self.permits.issue(order.rid) + sums
 
-    def _attach(self, rid: int, data: bytes) -> None:
-        held = self._held[rid]
-        num_sums = len(data) // 8
-        held.checksums.frombytes(data[: 8 * num_sums])
-        first = unpack_ids(data[8 * num_sums :])
+    def _attach(self, event: Publish, data: bytes | memoryview) -> None:
+        held = self._held[event.rid]
+        held.permit, sums, first = unpack_published(data, len(event.blocks))
+        held.checksums.extend(sums)
         if first:
-            if (coming := self.accounts.arriving(rid)) is not None:
+            if (coming := self.accounts.arriving(event.rid)) is not None:
                 coming.final(self._clock())
             held.tokens.extend(first)
-            self._ports.extend(rid, first)
+            self._ports.extend(event.rid, first)
 
     def _filled(self, run: Run) -> tuple[tuple[int, bytes], ...]:
         """Hashes of the blocks that became full of computed tokens and that policy does not know yet."""
