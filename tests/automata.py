@@ -278,9 +278,7 @@ class Station:
             frozenset(block for block, state in enumerate(pool._state) if state in wanted)
             for wanted in ({State.RESERVED, State.QUARANTINED}, {State.FREE})
         ]
-        handed = {
-            (rid, b) for rid, offer in self.worker.source._offers.items() for b in offer.seq.blocks[: offer.published]
-        }
+        handed = {(rid, b) for rid, offer in self.worker.source._offers.items() for b in offer.blocks}
         copied = {
             (rid, b) for rid, batches in self.worker.copies._open.items() for batch in batches for b in batch.blocks
         }

@@ -54,6 +54,7 @@ from diptych.transfer import description, frames, handshake, introduction, reach
 from diptych.transfer.codec import Staging, rows_of
 from diptych.transfer.layout import Layout
 from diptych.transfer.pool import Pool
+from diptych.transfer.seam import PERMIT_BYTES
 from diptych.transfer.serving import answer
 
 Target = Callable[[Random], None]
@@ -165,7 +166,8 @@ def attachments(rng: Random) -> None:
     for read, data in (
         (wire.unpack_ticket, wire.pack(ticket)),
         (partial(wire.unpack_emit, count), wire.pack_emit(wire.pack_ids(ids), extra)),
-        (lambda given: wire.unpack_sums(given, count), rng.randbytes(8 * len(ids))),
+        (lambda given: wire.unpack_offered(given, count), rng.randbytes(PERMIT_BYTES + 8 * len(ids))),
+        (lambda given: wire.unpack_published(given, count), rng.randbytes(PERMIT_BYTES + 8 * len(ids) + 4)),
         (wire.state_of, state),
     ):
         with contextlib.suppress(ProtocolError):
@@ -289,10 +291,16 @@ def introductions(rng: Random) -> None:
 
 
 class Requests:
-    """Requests for blocks: answered with the right number of bytes, or the reader is hung up on."""
+    """Requests for blocks: answered or refused in whole replies, or the reader is hung up on.
+
+    Of a block that no permit is for no byte leaves, whatever is asked.
+    """
+
+    PERMIT = bytes(range(PERMIT_BYTES))
 
     def __init__(self) -> None:
         self.pool = Pool(LAYOUT, 8)
+        self.pool.view[7] = 0x5A
         self.staging = Staging(rows_of(LAYOUT))
 
     def __call__(self, rng: Random) -> None:
@@ -300,16 +308,26 @@ class Requests:
         ids = np.array([rng.randrange(8) for _ in range(rng.randrange(1, 9))], "<i4").tobytes()
         spans = rng.choice((None, (0, 1), (0, 2), (1, 2), (2, 1), (0, 9))), rng.choice((None, (0, 1), (1, 2), (7, 9)))
         kind = rng.choice(("raw", "int8"))
-        request = frames.encode_request(frames.Request(rng.randrange(99), len(ids) // 4, *spans, kind), ids)
+        permit = rng.choice((self.PERMIT, self.PERMIT, rng.randbytes(PERMIT_BYTES)))
+        request = frames.encode_request(frames.Request(rng.randrange(99), len(ids) // 4, *spans, kind, permit), ids)
         with ours, theirs:
             theirs.sendall(damaged(rng, request))
             theirs.shutdown(socket.SHUT_WR)
             with contextlib.suppress(DiptychError, OSError):
-                while answer(ours, self.pool, self.staging):
+                while answer(ours, self.pool, self.staging, self.readable):
                     ours.setblocking(True)
-            head = rng.choice((damaged(rng, frames.encode_reply(1, 2, 3)), frames.encode_reply(1, 2, 3)))
-            with contextlib.suppress(ProtocolError):
-                frames.check_reply(head, 1, 2, 3)
+            ours.close()
+            said = b""
+            with contextlib.suppress(ConnectionResetError):  # what it was asked is not all read
+                while part := theirs.recv(1 << 16):
+                    said += part
+            assert b"\x5a" * 8 not in said and b"\x7f" * 8 not in said  # as it is, and as int8
+        head = rng.choice((frames.encode_reply(1, 2, 3), frames.encode_refusal(1, 2)))
+        with contextlib.suppress(ProtocolError):
+            frames.check_reply(damaged(rng, head), 1, 2, 3)
+
+    def readable(self, permit: bytes, blocks: list[int]) -> bool:
+        return permit == self.PERMIT and 7 not in blocks
 
     def close(self) -> None:
         """Give the memory back."""

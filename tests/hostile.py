@@ -39,6 +39,7 @@ from diptych.serve.build import build
 from diptych.serve.local import LocalCluster
 from diptych.serve.router import RouterDriver
 from diptych.serve.wire import CODEC, Deliver, Ticket, pack_ids
+from diptych.transfer.seam import PERMIT_BYTES
 
 VOCAB = 300
 ROLES = {"p0": Role.PREFILL, "d0": Role.DECODE, "m0": Role.MIXED, "evil": Role.MIXED}
@@ -242,12 +243,16 @@ def _said_to_peer(rng: Random, rids: list[int]) -> tuple[Any, bytes]:
     blocks = tuple(_blocks(rng))
     if kind is Publish:
         final = rng.random() < 0.5
-        sums = rng.randbytes(8 * len(blocks)) + (pack_ids([rng.choice((5, 299, 400, -1))]) if final else b"")
+        sums = rng.randbytes(PERMIT_BYTES + 8 * len(blocks)) + (
+            pack_ids([rng.choice((5, 299, 400, -1))]) if final else b""
+        )
         covered = rng.choice((16 * len(blocks), len(blocks), 3, 20, 70, rng.choice(NUMBERS)))
         return Publish(peer, rid, blocks, covered, final), sums if rng.random() < 0.9 else b"x"
     if kind is Replicate:
         hashes = tuple(rng.randbytes(16) for _ in range(len(blocks) if rng.random() < 0.9 else 1))
-        return Replicate(peer, rid, rng.choice((0, 1, 4, *NUMBERS)), blocks, hashes), rng.randbytes(8 * len(blocks))
+        return Replicate(peer, rid, rng.choice((0, 1, 4, *NUMBERS)), blocks, hashes), rng.randbytes(
+            PERMIT_BYTES + 8 * len(blocks)
+        )
     if kind is Beat:
         return Beat(peer, tuple(rng.choice(rids) for _ in range(rng.randrange(4)))), b""
     rest = [rng.choice(NUMBERS)] if kind.__name__ in ("Offer", "Replicated") else []

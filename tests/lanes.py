@@ -8,7 +8,7 @@ from typing import Self
 from diptych.transfer.pool import Pool
 from diptych.transfer.reach import Transports
 from diptych.transfer.reading import ThreadedPeer
-from diptych.transfer.seam import Lane, Plan, Stats
+from diptych.transfer.seam import Lane, Plan, Readable, Stats
 
 
 class Lanes:
@@ -20,6 +20,7 @@ class Lanes:
         self._folder = tempfile.TemporaryDirectory(prefix="lanes")
         self._loop = asyncio.new_event_loop()
         self._transports: dict[int, Transports] = {}  # by id of the pool
+        self._readable: dict[int, Readable] = {}
         self._peers: dict[tuple[int, int], ThreadedPeer] = {}
 
     def __enter__(self) -> Self:
@@ -30,8 +31,10 @@ class Lanes:
         self._loop.close()
         self._folder.cleanup()
 
-    def read(self, source: Pool, target: Pool, plan: Plan) -> Stats:
+    def read(self, source: Pool, target: Pool, plan: Plan, readable: Readable) -> Stats:
         """Carry out a plan; raises TransferError."""
+        self._readable[id(source)] = readable
+        self._of(source)
         stats = self._loop.run_until_complete(self._read(source, target, plan))
         self.num_bytes += stats.num_bytes
         return stats
@@ -39,7 +42,7 @@ class Lanes:
     async def _read(self, source: Pool, target: Pool, plan: Plan) -> Stats:
         way = id(source), id(target)
         if way not in self._peers:
-            described = self._of(source).describe()
+            described = self._transports[id(source)].describe()
             self._peers[way] = await self._of(target).connect(described)
             assert self._peers[way].lane == self.lane
         return await self._peers[way].read(plan, 10.0).done()
@@ -50,7 +53,7 @@ class Lanes:
             number, listen = len(self._transports), "127.0.0.1:0" if self.lane == "tcp" else None
             force = "tcp" if self.lane == "tcp" else "shm"
             transports = Transports(f"w{number}", number, self._folder.name, "lanes", listen, force=force)
-            transports.register(pool)
+            transports.register(pool, lambda permit, blocks: self._readable[id(pool)](permit, blocks))
             self._transports[id(pool)] = transports
         return transports
 

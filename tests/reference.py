@@ -16,7 +16,7 @@ from diptych.serve.build import build
 from diptych.serve.local import LocalCluster
 from diptych.transfer.copying import read_now
 from diptych.transfer.pool import Pool
-from diptych.transfer.seam import Lane, Plan, Stats
+from diptych.transfer.seam import Lane, Plan, Readable, Stats
 
 TIE = 1e-4  # logits of the two best tokens closer than this are a tie
 
@@ -87,7 +87,11 @@ def answers(
 
 
 def _answers(
-    folder: Path, prompts: list[list[int]], num_new: int, read: Callable[[Pool, Pool, Plan], Stats], **flags: Any
+    folder: Path,
+    prompts: list[list[int]],
+    num_new: int,
+    read: Callable[[Pool, Pool, Plan, Readable], Stats],
+    **flags: Any,
 ) -> list[list[int]]:
     config = load_cluster(None, {"model": str(folder), "kv_memory": "4MiB", "cores": [0], **flags})
     cluster = LocalCluster([build(config, worker) for worker in config.workers], read=read)

@@ -25,6 +25,7 @@ from diptych.serve.frontend import Job
 from diptych.serve.supervisor import Supervisor
 from diptych.serve.text import prompt_hashes
 from diptych.serve.wire import CODEC, Ask, Hello, Ready, Register, Report, Submit, Ticket, pack, pack_ids
+from diptych.transfer.seam import NO_PERMIT
 
 TOPOLOGY = """
 engine = "paced"
@@ -176,9 +177,10 @@ def peer_words() -> list[Words]:
     return [
         [(Done("p1", 64), b"")],
         [(Publish("evil", 64 << 20, (1,), 16, False), b"")],
-        [(Publish("evil", 64 << 20, (1 << 31,), 16, False), bytes(8))],
-        [(Publish("evil", 64 << 20, (1,), 16, True), bytes(8) + pack_ids([300]))],
-        [(Replicate("evil", 64 << 20, 0, (1, 2), (b"x" * 16,)), bytes(16))],
+        [(Publish("evil", 64 << 20, (1 << 31,), 16, False), NO_PERMIT + bytes(8))],
+        [(Publish("evil", 64 << 20, (1,), 16, False), bytes(8))],
+        [(Publish("evil", 64 << 20, (1,), 16, True), NO_PERMIT + bytes(8) + pack_ids([300]))],
+        [(Replicate("evil", 64 << 20, 0, (1, 2), (b"x" * 16,)), NO_PERMIT + bytes(16))],
         [(card, b""), (card, b"")],
         [(Emit(64, 0, 1), b"")],
     ]

@@ -14,6 +14,7 @@ from diptych.policy.retention import Release, Replicate, Replicated
 from diptych.serve.build import build
 from diptych.serve.local import LocalCluster
 from diptych.serve.wire import pack_ids
+from diptych.transfer.seam import NO_PERMIT
 
 PROMPT = list(range(1, 70))
 RID = 64  # the first attempt at the first request
@@ -80,7 +81,7 @@ def test_what_was_said_before_is_of_no_use_again(cluster: LocalCluster) -> None:
         source.told("d0", Done("d0", rid))
     assert told == [Answer("p0", RID, False), Answer("p0", RID - 64, False), Answer("p0", RID + 1, False)]
     source.told("d0", Drop("d0", RID))
-    cluster.workers["d0"].told("p0", Publish("p0", RID, (1,), 16, False), bytes(8))
+    cluster.workers["d0"].told("p0", Publish("p0", RID, (1,), 16, False), NO_PERMIT + bytes(8))
     assert not cluster.workers["d0"].policy.seqs
     for driver in cluster.workers.values():
         driver.policy.pool.check()
@@ -106,19 +107,24 @@ def test_a_second_last_part_is_refused(cluster: LocalCluster) -> None:
     while cluster.workers["d0"]._held[RID].expects:
         cluster.step()
     with pytest.raises(ProtocolError, match="nothing .* is to be published"):
-        cluster.workers["d0"].told("p0", Publish("p0", RID, (), len(PROMPT), True), pack_ids([5]))
+        cluster.workers["d0"].told("p0", Publish("p0", RID, (), len(PROMPT), True), NO_PERMIT + pack_ids([5]))
     is_right(cluster, answer)
 
 
 BAD: list[tuple[Any, bytes]] = [
-    (Publish("p0", RID, (1 << 31,), 16, False), bytes(8)),
+    (Publish("p0", RID, (1 << 31,), 16, False), NO_PERMIT + bytes(8)),
     (Publish("p0", RID, (1,), 16, False), b""),
-    (Publish("p0", RID, (1,), 16, False), bytes(12)),
-    (Publish("p0", RID, (1,), 16, True), bytes(8)),
-    (Publish("p0", RID, (1,), 16, True), bytes(8) + pack_ids([1 << 30])),
-    (Replicate("p0", RID, 0, (1, 2), (b"x" * 16,)), bytes(16)),
-    (Replicate("p0", RID, 0, (1,), (b"x",)), bytes(8)),
+    (Publish("p0", RID, (1,), 16, False), bytes(8)),
+    (Publish("p0", RID, (1,), 16, False), NO_PERMIT),
+    (Publish("p0", RID, (1,), 16, False), NO_PERMIT + bytes(12)),
+    (Publish("p0", RID, (), 16, False), NO_PERMIT[1:]),
+    (Publish("p0", RID, (1,), 16, True), NO_PERMIT + bytes(8)),
+    (Publish("p0", RID, (1,), 16, True), NO_PERMIT + bytes(8) + pack_ids([1 << 30])),
+    (Replicate("p0", RID, 0, (1, 2), (b"x" * 16,)), NO_PERMIT + bytes(16)),
+    (Replicate("p0", RID, 0, (1,), (b"x",)), NO_PERMIT + bytes(8)),
     (Replicate("p0", RID, 0, (1,), (b"x" * 16,)), b""),
+    (Replicate("p0", RID, 0, (1,), (b"x" * 16,)), bytes(8)),
+    (Replicate("p0", RID, 0, (1,), (b"x" * 16,)), NO_PERMIT),
 ]
 
 
@@ -134,7 +140,7 @@ def test_kv_that_does_not_add_up_is_computed_here(cluster: LocalCluster) -> None
     """More tokens than the request has would wait for memory that no pool has."""
     answer = halfway(cluster)
     blocks = tuple(range(40))
-    cluster.workers["d0"].told("p0", Publish("p0", RID, blocks, 16 * 41, False), bytes(8 * 40))
+    cluster.workers["d0"].told("p0", Publish("p0", RID, blocks, 16 * 41, False), NO_PERMIT + bytes(8 * 40))
     assert cluster.workers["d0"].policy.sink.get(RID).broken  # type: ignore[union-attr]
     is_right(cluster, answer)
 
@@ -146,7 +152,7 @@ def test_a_block_that_is_named_twice_is_not_kept(cluster: LocalCluster) -> None:
     kept = source.policy.keep._kept.get(1)
     if kept is not None:
         said = Replicate("d0", RID, len(kept.hashes), (3, 3), (b"x" * 16, b"y" * 16))
-        source.told("d0", said, bytes(16))
+        source.told("d0", said, NO_PERMIT + bytes(16))
     cluster.settle()
     source.on(PeerLost("d0"))
     source.policy.pool.check()

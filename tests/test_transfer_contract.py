@@ -13,6 +13,7 @@
 | same name, new incarnation | `the_same_name_again` | `test_transfer_shm`, `test_transfer_tcp` |
 | layout mismatch, readable | `pools_that_do_not_fit` | `test_live_hosts::who_does_not_fit` |
 | 1,000 aborts leave nothing | `a_thousand_cancelled_reads` (memory, too) | `test_live_aborts` (0 blocks, memory) |
+| refused without its permit | `a_read_is_refused_by_its_permit` (not over shared memory) | `test_live_tcp` |
 | idle CPU | | `test_live_aborts` (whole workers, CPU time of 2.5 s) |
 """
 
@@ -23,7 +24,8 @@ import os
 import tempfile
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -39,12 +41,14 @@ from diptych.transfer.local import LocalRegistry, LocalTransport
 from diptych.transfer.native import sockets
 from diptych.transfer.pool import Pool
 from diptych.transfer.reading import ThreadedPeer
-from diptych.transfer.seam import Plan, Transfer, Transport
+from diptych.transfer.seam import PERMIT_BYTES, Plan, Transfer, Transport
 from diptych.transfer.shm import ShmTransport
 from diptych.transfer.tcp import TcpTransport
 
 LAYOUT = Layout.uniform(layers=3, kv_heads=4, head_dim=8, block_size=4, dtype="float32", model="m")
 NUM_BLOCKS = 24
+PERMIT = bytes(range(PERMIT_BYTES))
+permitted = partial(Plan, permit=PERMIT)
 Make = Callable[[str, int], Transport]
 
 
@@ -72,12 +76,13 @@ class Pair:
     source: Pool
     target: Pool
     peer: ThreadedPeer
+    offered: set[int]  # what PERMIT is good for; at first all blocks
     gate: "Gate" = field(default_factory=lambda: Gate())
 
     def plan(self, source: list[int], target: list[int], verify: bool = True) -> Plan:
         blocks = np.array(source, dtype=np.int32)
         sums = self.prefill.checksum(blocks) if verify else None
-        return Plan(blocks, np.array(target, dtype=np.int32), sums)
+        return permitted(blocks, np.array(target, dtype=np.int32), sums)
 
     def hold_thread(self) -> None:
         """Keep the peer's copy thread busy until the gate opens, so that reads queue behind it."""
@@ -101,11 +106,12 @@ async def connected(make: Make, num_blocks: int = NUM_BLOCKS) -> AsyncIterator[P
     prefill, decode = make("prefill-0", 1), make("decode-0", 1)
     source, target = Pool(LAYOUT, num_blocks), Pool(LAYOUT, num_blocks)
     source.view[:] = np.random.default_rng(0).integers(0, 256, source.view.shape, dtype=np.uint8)
-    prefill.register(source)
+    offered = set(range(num_blocks))
+    prefill.register(source, lambda permit, blocks: permit == PERMIT and offered.issuperset(blocks))
     decode.register(target)
     peer = await decode.connect(prefill.describe())
     assert isinstance(peer, ThreadedPeer)
-    pair = Pair(prefill, decode, source, target, peer)
+    pair = Pair(prefill, decode, source, target, peer, offered)
     try:
         yield pair
     finally:
@@ -186,7 +192,7 @@ def test_layer_ranges_and_head_slices_are_exact(data: st.DataObject) -> None:
 
     async def story(pair: Pair) -> None:
         ids = np.array([5, 0, 23], dtype=np.int32), np.array([1, 22, 7], dtype=np.int32)
-        stats = await pair.peer.read(Plan(*ids, layers=layers, heads=heads), 10).done()
+        stats = await pair.peer.read(permitted(*ids, layers=layers, heads=heads), 10).done()
         _expect_slices(pair, *ids, layers, heads, stats.num_bytes)
 
     scenario(lambda worker, incarnation: LocalTransport(worker, incarnation, registry), story)
@@ -213,7 +219,7 @@ def _expect_slices(
 def test_one_head_slice_over_every_transport(make: Make) -> None:
     async def story(pair: Pair) -> None:
         ids = np.array([3, 4, 5], dtype=np.int32), np.array([0, 9, 8], dtype=np.int32)
-        stats = await pair.peer.read(Plan(*ids, layers=(1, 3), heads=(2, 4)), 10).done()
+        stats = await pair.peer.read(permitted(*ids, layers=(1, 3), heads=(2, 4)), 10).done()
         _expect_slices(pair, *ids, (1, 3), (2, 4), stats.num_bytes)
 
     scenario(make, story)
@@ -250,7 +256,7 @@ def test_swapped_checksums_are_noticed(make: Make) -> None:
         plan = pair.plan([4, 5], [0, 1])
         assert plan.checksums is not None
         with pytest.raises(TransferError, match="checksum differs for 2 of 2"):
-            await pair.peer.read(Plan(plan.source, plan.target, plan.checksums[::-1]), 10).done()
+            await pair.peer.read(permitted(plan.source, plan.target, plan.checksums[::-1]), 10).done()
 
     scenario(make, story)
 
@@ -271,6 +277,7 @@ def test_swapped_checksums_are_noticed(make: Make) -> None:
         ([0], [0], {"heads": (1, 1)}),
         ([0], [0], {"heads": (0, 2), "checksums": np.zeros(1, np.uint64)}),
         ([0], [0], {"checksums": np.zeros(2, np.uint64)}),
+        ([0], [0], {"permit": PERMIT[:-1]}),
     ],
 )
 def test_impossible_plans_fail_settled_and_untouched(
@@ -278,11 +285,33 @@ def test_impossible_plans_fail_settled_and_untouched(
 ) -> None:
     async def story(pair: Pair) -> None:
         ids = np.array(source, dtype=np.int32), np.array(target, dtype=np.int32)
-        read = pair.peer.read(Plan(*ids, **extra), 10)  # type: ignore[arg-type]
+        read = pair.peer.read(permitted(*ids, **extra), 10)  # type: ignore[arg-type]
         assert read.settled.done()
         with pytest.raises(ProtocolError):
             await read.done()
         assert not pair.target.view.any()
+
+    scenario(make, story)
+
+
+def test_a_read_is_refused_by_its_permit_and_the_next_one_is_not(make: Make) -> None:
+    """Over shared memory nobody is asked."""
+
+    async def story(pair: Pair) -> None:
+        pair.offered.discard(6)
+        forged = replace(pair.plan([4, 5], [2, 3]), permit=PERMIT[::-1])
+        for plan in (forged, pair.plan([5, 6], [4, 7])):
+            read = pair.peer.read(plan, 10)
+            if pair.peer.lane == "shm":
+                await read.done()
+                continue
+            with pytest.raises(TransferError, match="does not offer these blocks by this permit") as refusal:
+                await read.done()
+            assert refusal.type is TransferError
+            await settled(read)
+            assert not pair.target.view[plan.target].any()
+            await pair.peer.read(pair.plan([4, 5], [0, 1]), 10).done()
+        assert not pair.peer.lost.done()
 
     scenario(make, story)
 
@@ -534,7 +563,7 @@ def test_the_same_name_again_is_another_worker(make: Make) -> None:
         again.register(pool)
         peer = await pair.decode.connect(again.describe())
         await peer.read(
-            Plan(np.array([4], np.int32), np.array([0], np.int32), again.checksum(np.array([4]))), 10
+            permitted(np.array([4], np.int32), np.array([0], np.int32), again.checksum(np.array([4]))), 10
         ).done()
         assert (pair.target.view[0] == 7).all() and not peer.lost.done()
         await again.close()

@@ -10,6 +10,7 @@ import os
 import socket
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import get_args
 
 import msgspec
 import numpy as np
@@ -19,25 +20,29 @@ from hypothesis import strategies as st
 
 from diptych.errors import LayoutMismatch, PeerLost, ProtocolError
 from diptych.transfer import frames, introduction, serving
+from diptych.transfer.codec import rows_of
 from diptych.transfer.description import Description, encode
 from diptych.transfer.handshake import Code
 from diptych.transfer.introduction import Purpose
 from diptych.transfer.layout import Layout
 from diptych.transfer.pool import Pool
-from diptych.transfer.seam import Plan
+from diptych.transfer.seam import NO_PERMIT, PERMIT_BYTES, Codec, Plan, Readable
 from diptych.transfer.serving import BlockServer
 from diptych.transfer.tcp import TcpTransport
 
 LAYOUT = Layout.uniform(layers=2, kv_heads=2, head_dim=16, block_size=16, dtype="float32", model="m")
 NUM_BLOCKS = 8
 KEY = "the cluster's key"
+PERMIT = bytes(range(PERMIT_BYTES))
 
 
 @contextlib.asynccontextmanager
-async def worker(name: str = "prefill-0", key: str = KEY, layout: Layout = LAYOUT) -> AsyncIterator[TcpTransport]:
+async def worker(
+    name: str = "prefill-0", key: str = KEY, layout: Layout = LAYOUT, readable: Readable | None = None
+) -> AsyncIterator[TcpTransport]:
     pool, transport = Pool(layout, NUM_BLOCKS), TcpTransport(name, 1, key, "127.0.0.1:0")
     pool.view[:] = np.arange(NUM_BLOCKS, dtype=np.uint8)[:, None] + 1
-    transport.register(pool)
+    transport.register(pool, readable)
     try:
         yield transport
     finally:
@@ -245,6 +250,7 @@ def answer(code: int, magic: bytes = introduction._MAGIC, num_blocks: int = 4) -
     ("says", "error", "match"),
     [
         ((b"HTTP/1.1 400 Bad Request" + bytes(40),), ProtocolError, "does not speak"),
+        ((b"diptcp-1" + bytes(32),), ProtocolError, "it says b'diptcp-1', and we b'diptcp-2'"),
         ((), PeerLost, "hung up"),
         ((CHALLENGE[:20],), PeerLost, "hung up"),
         ((CHALLENGE,), PeerLost, "hung up"),
@@ -341,8 +347,15 @@ def test_closing_waits_neither_for_strangers_nor_for_ever() -> None:
 # --- requests ------------------------------------------------------------------------------------------------------
 
 
-def request(*ids: int, count: int | None = None, layers: frames.Range = None, heads: frames.Range = None) -> bytes:
-    asked = frames.Request(1, len(ids) if count is None else count, layers, heads)
+def request(
+    *ids: int,
+    count: int | None = None,
+    layers: frames.Range = None,
+    heads: frames.Range = None,
+    codec: Codec = "raw",
+    permit: bytes = NO_PERMIT,
+) -> bytes:
+    asked = frames.Request(1, len(ids) if count is None else count, layers, heads, codec, permit)
     return frames.encode_request(asked, np.array(ids, dtype="<i4").tobytes())
 
 
@@ -401,8 +414,68 @@ def test_any_head_is_a_request_or_refused(head: bytes) -> None:
 
 def test_requests_are_what_they_were() -> None:
     for layers, heads in ((None, None), ((0, 1), None), (None, (1, 4)), ((2, 3), (0, 7))):
-        asked = frames.Request(77, 5, layers, heads)
-        assert frames.decode_request(frames.encode_request(asked, b"")) == asked
+        for codec in get_args(Codec):
+            asked = frames.Request(77, 5, layers, heads, codec, PERMIT)
+            assert frames.decode_request(frames.encode_request(asked, b"")) == asked
+
+
+def test_a_reply_is_the_one_that_is_due_or_its_refusal() -> None:
+    assert frames.check_reply(frames.encode_reply(7, 2, 300, 0.5), 7, 2, 300) == 0.5
+    assert frames.check_reply(frames.encode_refusal(7, 2), 7, 2, 300) is None
+    for head in (frames.encode_reply(7, 2, 300), frames.encode_refusal(7, 2)):
+        for number, num_blocks, num_bytes in ((8, 2, 300), (7, 3, 300)):
+            with pytest.raises(ProtocolError, match="not the reply"):
+                frames.check_reply(head, number, num_blocks, num_bytes)
+        for at in range(frames.REPLY_BYTES - 8):  # the last field may be any number
+            altered = bytearray(head)
+            altered[at] ^= 2
+            with pytest.raises(ProtocolError, match="not the reply"):
+                frames.check_reply(bytes(altered), 7, 2, 300)
+        with pytest.raises(ProtocolError, match="ended after"):
+            frames.check_reply(head[:-1], 7, 2, 300)
+
+
+@pytest.mark.parametrize("codec", get_args(Codec))
+def test_what_is_not_readable_is_refused_and_the_connection_goes_on(codec: Codec) -> None:
+    asked: list[tuple[bytes, list[int]]] = []
+
+    def readable(permit: bytes, blocks: list[int]) -> bool:
+        asked.append((permit, blocks))
+        return permit == PERMIT and 3 not in blocks
+
+    async def story() -> None:
+        async with worker(readable=readable) as owner:
+            sock = await reader(owner)
+            refused = [request(2, codec=codec), request(2, 3, codec=codec, permit=PERMIT)]
+            refused.append(request(2, NUM_BLOCKS, codec=codec, permit=bytes(PERMIT_BYTES)))  # it learns nothing of it
+            for words in (*refused, request(2, 5, codec=codec, permit=PERMIT)):
+                await asyncio.get_running_loop().sock_sendall(sock, words)
+            sock.shutdown(socket.SHUT_WR)
+            said = await all_of(sock)
+            no = [frames.encode_refusal(1, count) for count in (1, 2, 2)]
+            assert said.startswith(b"".join(no))
+            rows = rows_of(LAYOUT)
+            assert rows is not None
+            block_bytes = LAYOUT.block_bytes if codec == "raw" else rows.encoded_bytes
+            reply = said[3 * frames.REPLY_BYTES :]
+            assert len(reply) == frames.REPLY_BYTES + 2 * block_bytes
+            assert frames.check_reply(reply[: frames.REPLY_BYTES], 1, 2, 2 * block_bytes) is not None
+            assert asked[1:] == [(PERMIT, [2, 3]), (NO_PERMIT, [2, NUM_BLOCKS]), (PERMIT, [2, 5])]
+
+    run(story())
+
+
+def test_a_judge_that_fails_lets_nothing_out() -> None:
+    def readable(permit: bytes, blocks: list[int]) -> bool:
+        raise KeyError(permit)
+
+    async def story() -> None:
+        async with worker(readable=readable) as owner:
+            sock = await reader(owner)
+            await asyncio.get_running_loop().sock_sendall(sock, request(2))
+            assert await all_of(sock) == b""
+
+    run(story())
 
 
 def test_what_is_said_on_the_silent_connection_ends_it() -> None:

@@ -11,7 +11,10 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,7 +25,7 @@ from diptych.transfer.layout import Layout
 from diptych.transfer.native import sockets
 from diptych.transfer.pool import Pool
 from diptych.transfer.reading import ThreadedPeer
-from diptych.transfer.seam import Plan, Transfer
+from diptych.transfer.seam import Codec, Plan, Readable, Transfer
 from diptych.transfer.tcp import TcpTransport, split_address
 
 LAYOUT = Layout.uniform(layers=2, kv_heads=2, head_dim=16, block_size=16, dtype="float32", model="m")
@@ -68,7 +71,11 @@ class Source:
         return self.process.stdout.readline().strip()
 
     def stop(self) -> None:
+        """Returns when every thread has stopped; where others need the cores that takes a moment."""
         self.process.send_signal(signal.SIGSTOP)
+        tasks = Path(f"/proc/{self.process.pid}/task")
+        while any(stat.read_text().rpartition(")")[2].split()[0] != "T" for stat in tasks.glob("*/stat")):
+            time.sleep(0.001)
 
     def go_on(self) -> None:
         self.process.send_signal(signal.SIGCONT)
@@ -92,9 +99,11 @@ def start() -> Iterator[Callable[..., Source]]:
 
 
 @contextlib.asynccontextmanager
-async def worker(name: str = "decode-0", listen: str = "127.0.0.1:0") -> AsyncIterator[tuple[TcpTransport, Pool]]:
+async def worker(
+    name: str = "decode-0", listen: str = "127.0.0.1:0", readable: Readable | None = None
+) -> AsyncIterator[tuple[TcpTransport, Pool]]:
     pool, transport = Pool(LAYOUT, NUM_BLOCKS), TcpTransport(name, 1, "secret", listen)
-    transport.register(pool)
+    transport.register(pool, readable)
     try:
         yield transport, pool
     finally:
@@ -282,8 +291,8 @@ class Pace:
 
 
 @contextlib.asynccontextmanager
-async def connected() -> AsyncIterator[tuple[ThreadedPeer, Pool, TcpTransport]]:
-    async with worker("prefill-0") as (prefill, source), worker() as (decode, target):
+async def connected(readable: Readable | None = None) -> AsyncIterator[tuple[ThreadedPeer, Pool, TcpTransport]]:
+    async with worker("prefill-0", readable=readable) as (prefill, source), worker() as (decode, target):
         source.view[:] = np.arange(NUM_BLOCKS, dtype=np.uint8)[:, None] + 1
         yield await decode.connect(prefill.describe()), target, prefill
 
@@ -357,6 +366,71 @@ def test_a_reply_that_is_not_the_one_that_is_due_ends_the_peer(monkeypatch: pyte
                 await peer.read(blocks(3), 10).done()
             assert "not the reply" in await reason(peer)
             assert not target.view.any()
+
+    run(story())
+
+
+# --- refused -------------------------------------------------------------------------------------------------------
+
+
+def test_a_refusal_of_what_was_cancelled_is_nobody_elses() -> None:
+    go = threading.Event()
+
+    def readable(permit: bytes, blocks: list[int]) -> bool:
+        assert go.wait(20)
+        return blocks != [2]
+
+    async def story() -> None:
+        async with connected(readable) as (peer, target, prefill):
+            try:
+                cancelled, behind = peer.read(blocks(2), 10), peer.read(blocks(7), 10)
+                while not peer._prepare.__self__._asked:  # type: ignore[attr-defined]
+                    await asyncio.sleep(0.001)
+                cancelled.cancel()
+                await settled(cancelled)
+            finally:
+                go.set()
+            await behind.done()
+            assert (target.view[7] == 8).all() and not target.view[2].any()
+
+    run(story())
+
+
+@pytest.mark.parametrize("codec", ["raw", "int8"])
+def test_a_refusal_in_the_middle_ends_its_read_at_once_and_no_other(
+    monkeypatch: pytest.MonkeyPatch, codec: Codec
+) -> None:
+    """What was asked for ahead is received without a next read, what was not is not asked for."""
+    monkeypatch.setattr(stream, "BATCH_BYTES", LAYOUT.block_bytes)
+    asked: list[int] = []
+
+    def readable(permit: bytes, blocks: list[int]) -> bool:
+        asked.extend(blocks)
+        return blocks != [2]
+
+    def plan(*ids: int) -> Plan:
+        return replace(blocks(*ids), codec=codec)
+
+    async def story() -> None:
+        async with connected(readable) as (peer, target, prefill):
+            for _ in range(3):
+                target.view[:] = 0
+                before, refused, behind = (peer.read(plan(*ids), 10) for ids in ((0, 1), (1, 2, 3, 4, 5, 6), (7, 8)))
+                await before.done()
+                with pytest.raises(TransferError, match="prefill-0 .* refused: it does not offer these blocks"):
+                    await refused.done()
+                assert refused.settled.done()
+                assert not target.view[2:7].any()
+                await behind.done()
+                assert target.view[7].any() and target.view[8].any() and not target.view[2:7].any()
+            assert not {5, 6} & set(asked) and not peer.lost.done()
+            with pytest.raises(TransferError, match="refused"):
+                await peer.read(plan(2, 3, 4, 5), 10).done()
+            its = peer._prepare.__self__  # type: ignore[attr-defined]
+            while its._asked:
+                await asyncio.sleep(0.001)
+            assert not its._planned or all(batch.fetch.flag[0] for batch in its._planned)
+            assert prefill._server is not None and prefill._server.num_readers == 1
 
     run(story())
 

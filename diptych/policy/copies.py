@@ -7,6 +7,7 @@ Not responsible for what the reader does with them (`keep.py`).
 """
 
 from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from diptych.policy.blocks import BlockPool
@@ -52,6 +53,14 @@ class Copies:
         """The peer that may read blocks of an attempt; "" where none may."""
         batches = self._open.get(rid)
         return batches[0].peer if batches else ""
+
+    def covers(self, rid: int, blocks: Iterable[int]) -> bool:
+        """A peer may read these now, by the batches of that attempt that are open.
+
+        Another thread may call it while this one works: it looks once into the dict, and at a copy of what it finds.
+        """
+        batches = tuple(self._open.get(rid, ()))
+        return bool(batches) and {block for batch in batches for block in batch.blocks}.issuperset(blocks)
 
     def copy(self, seq: Sequence, now: float) -> list[Replicate]:
         """Offer the blocks that became full since the last time."""

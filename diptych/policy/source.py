@@ -6,7 +6,8 @@ for the sequence; `Beat` extends it. Not responsible for computing the blocks (`
 """
 
 import heapq
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from math import inf
 
 from diptych.policy.blocks import BlockPool
@@ -19,7 +20,7 @@ class OpenOffer:
     """The blocks a peer may read, and until when at least."""
 
     seq: Sequence
-    published: int = 0
+    blocks: set[int] = field(default_factory=set)  # those published: the leading ones of the sequence
     lease: float = inf
 
 
@@ -53,6 +54,16 @@ class Source:
         offer = self._offers.get(rid)
         return offer.seq.peer if offer is not None else ""
 
+    def covers(self, rid: int, blocks: Iterable[int]) -> bool:
+        """A peer may read these now, by the offer of that attempt. O(blocks).
+
+        The one method, with that of `copies.py`, that another thread may call while this one works: it finds an offer
+        by one look into the dict, and then asks a set that only grows, block by block. What is closed meanwhile was
+        open when the question came.
+        """
+        offer = self._offers.get(rid)
+        return offer is not None and offer.blocks.issuperset(blocks)
+
     def open(self, seq: Sequence) -> Offer:
         """Promise the sequence's KV to its peer."""
         self._offers[seq.rid] = OpenOffer(seq)
@@ -62,11 +73,11 @@ class Source:
         """Let the peer read what became ready: full blocks, with `final` also the last one and the lease starts."""
         offer = self._offers[seq.rid]
         ready = self._pool.blocks_for(seq.computed) if final else seq.computed // self._pool.block_size
-        fresh = seq.blocks[offer.published : ready]
+        fresh = seq.blocks[len(offer.blocks) : ready]
         if not fresh and not final:
             return []
         self._pool.offer(fresh)
-        offer.published = ready
+        offer.blocks.update(fresh)
         if final:
             self._start_lease(offer, now)
         num_tokens = seq.computed if final else ready * self._pool.block_size
@@ -75,7 +86,7 @@ class Source:
     def revoke(self, seq: Sequence, now: float) -> Revoke | None:
         """Ask the peer to stop reading; the blocks stay offered until it says so or the lease ends."""
         offer = self._offers[seq.rid]
-        if offer.published == 0:
+        if not offer.blocks:
             self._close(offer)
             return None
         self._start_lease(offer, now)
@@ -131,4 +142,4 @@ class Source:
 
     def _close(self, offer: OpenOffer) -> None:
         del self._offers[offer.seq.rid]
-        self._pool.withdraw(offer.seq.blocks[: offer.published])
+        self._pool.withdraw(offer.blocks)

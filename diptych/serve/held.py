@@ -5,9 +5,11 @@ from dataclasses import dataclass, field
 
 from diptych.engine.executor import Score
 from diptych.errors import ProtocolError
-from diptych.policy.hashes import chain
+from diptych.policy.hashes import HASH_BYTES, chain
 from diptych.policy.messages import Publish
-from diptych.serve.wire import check_ids, unpack_ids, unpack_sums
+from diptych.policy.retention import Replicate
+from diptych.serve.wire import check_ids, unpack_offered, unpack_published
+from diptych.transfer.seam import NO_PERMIT
 
 MAX_BLOCKS = 1 << 31  # of a pool: they are counted in int32
 
@@ -24,6 +26,7 @@ class Held:
     checksums: "array[int]"  # of the peer's published blocks, in order
     computes: bool  # its prompt is computed here
     num_known: int  # tokens when it was placed here
+    permit: bytes = NO_PERMIT  # to read them
     started: bool = False
     cached: int = 0
     again: tuple[int, int] | None = None  # tokens of prompt and answer that it had to compute again; until emitted
@@ -61,11 +64,17 @@ def check_blocks(blocks: tuple[int, ...]) -> None:
 
 
 def check_published(event: Publish, attachment: bytes | memoryview, vocab_size: int) -> None:
-    """A checksum for each block; with the last of them the first token."""
+    """A permit, and a checksum for each block; with the last of them the first token."""
     check_blocks(event.blocks)
-    num_sums = 8 * len(event.blocks)
-    unpack_sums(attachment[:num_sums], len(event.blocks))
-    first = unpack_ids(attachment[num_sums:])
+    _, _, first = unpack_published(attachment, len(event.blocks))
     check_ids(first, vocab_size)
     if len(first) != event.final:
         raise ProtocolError(f"{len(first)} tokens with a Publish whose 'final' is {event.final}")
+
+
+def check_replicated(event: Replicate, attachment: bytes | memoryview) -> None:
+    """A permit, and a hash and a checksum for each block."""
+    if [len(digest) for digest in event.hashes] != [HASH_BYTES] * len(event.blocks):
+        raise ProtocolError(f"{len(event.blocks)} blocks, and not as many hashes")
+    check_blocks(event.blocks)
+    unpack_offered(attachment, len(event.blocks))

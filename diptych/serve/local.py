@@ -45,7 +45,7 @@ from diptych.serve.worker import WorkerDriver
 from diptych.serve.worker_ports import ToPeer
 from diptych.transfer.copying import checksum, read_now
 from diptych.transfer.pool import Pool
-from diptych.transfer.seam import Plan, Stats
+from diptych.transfer.seam import Plan, Readable, Stats
 
 
 @dataclass(slots=True)
@@ -114,7 +114,9 @@ class _WorkerPorts:
             self._driver.on(Settled(order.pull))
             return
         try:
-            stats = self._cluster.read(self._cluster.parts[order.peer].pool, self._parts.pool, plan)
+            readable = self._cluster.workers[order.peer].permits.readable
+            source = self._cluster.parts[order.peer].pool
+            stats = self._cluster.read(source, self._parts.pool, plan, readable)
         except TransferError as error:
             self._driver.on(ReadFailed(order.pull, str(error)))
             self._driver.on(Settled(order.pull))
@@ -125,7 +127,8 @@ class _WorkerPorts:
 class LocalCluster:
     """Router and workers around one queue. `step()` does the next thing; `run_until` as many as it takes.
 
-    read: how a plan is carried out between two pools; raises TransferError.
+    read: how a plan is carried out between two pools, the first of which may ask what a permit is good for; raises
+    TransferError.
     """
 
     def __init__(
@@ -133,7 +136,7 @@ class LocalCluster:
         parts: Iterable[Parts],
         router: RouterSpec | None = None,
         journal: Path | None = None,
-        read: Callable[[Pool, Pool, Plan], Stats] = read_now,
+        read: Callable[[Pool, Pool, Plan, Readable], Stats] = read_now,
     ):
         self.clock: Callable[[], float] = Clock()
         self.read = read

@@ -1,8 +1,8 @@
 """What the processes of a cluster say to each other beside the policy's own messages, and the codec for all of it.
 
 Attachments carry what policy must not see: a `Ticket` goes with every `Place`, token ids (and an `Extra`, where there
-is something to say) with `Emit`, `Finish` and `Deliver`, checksums (and the first token) with `Publish`. Not
-responsible for sockets (`channel.py`).
+is something to say) with `Emit`, `Finish` and `Deliver`, a permit and checksums with `Replicate` and `Publish` (the
+last with the first token). Not responsible for sockets (`channel.py`).
 """
 
 import hmac
@@ -17,6 +17,7 @@ from diptych import journal
 from diptych.engine.executor import Sampling, Score
 from diptych.errors import ProtocolError
 from diptych.serve.account import Prefilled, Received, Stalled
+from diptych.transfer.seam import PERMIT_BYTES
 
 
 @dataclass(frozen=True, slots=True)
@@ -370,10 +371,16 @@ def check_ids(ids: Iterable[int], vocab_size: int) -> None:
             raise ProtocolError(f"token {token} is none of the {vocab_size} there are")
 
 
-def unpack_sums(data: bytes | memoryview, count: int) -> list[int]:
-    """The checksums (uint64) of `count` blocks; ProtocolError where the bytes are not that."""
-    if len(data) != 8 * count:
-        raise ProtocolError(f"{count} checksums are announced, {len(data)} bytes are there")
+def unpack_offered(data: bytes | memoryview, count: int) -> tuple[bytes, list[int]]:
+    """The permit for `count` blocks and their checksums (uint64); ProtocolError where the bytes are not that."""
+    if len(data) != PERMIT_BYTES + 8 * count:
+        raise ProtocolError(f"a permit and {count} checksums are announced, {len(data)} bytes are there")
     sums = array("Q")
-    sums.frombytes(bytes(data))
-    return sums.tolist()
+    sums.frombytes(bytes(data[PERMIT_BYTES:]))
+    return bytes(data[:PERMIT_BYTES]), sums.tolist()
+
+
+def unpack_published(data: bytes | memoryview, count: int) -> tuple[bytes, list[int], list[int]]:
+    """The same, and the token ids behind it."""
+    end = PERMIT_BYTES + 8 * count
+    return *unpack_offered(data[:end], count), unpack_ids(data[end:])

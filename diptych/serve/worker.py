@@ -1,13 +1,12 @@
 """The live driver of `policy/worker.py`: hands it events, and does what it orders through five ports.
 
-Keeps what policy must not see: token ids, sampling parameters, checksums. The same class runs in a worker process
-(`worker_process.py`: sockets, threads) and in one process for tests and offline use (`local.py`: a queue). Not
+Keeps what policy must not see: token ids, sampling parameters, checksums, permits. The same class runs in a worker
+process (`worker_process.py`: sockets, threads) and in one process for tests and offline use (`local.py`: a queue). Not
 responsible for waiting, nor for any decision.
 """
 
 from array import array
-from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -16,13 +15,15 @@ import numpy as np
 from diptych.engine.executor import Result
 from diptych.errors import ProtocolError
 from diptych.journal import Journal
-from diptych.policy.hashes import HASH_BYTES, block_hashes
+from diptych.policy.hashes import block_hashes
 from diptych.policy.membership import Drained, LinkMeasured
 from diptych.policy.messages import (
     Answer,
     Beat,
+    Cancel,
     CancelPull,
     Done,
+    Drop,
     Emit,
     Finish,
     PeerLost,
@@ -43,16 +44,16 @@ from diptych.policy.messages import (
 from diptych.policy.retention import Replicate
 from diptych.policy.worker import Worker
 from diptych.serve.account import STALL_S, Accounts, cause_of
-from diptych.serve.held import Held, check_blocks, check_published
-from diptych.serve.wire import Extra, pack_emit, pack_ids, unpack_ids, unpack_sums, unpack_ticket
+from diptych.serve.attached import Attached
+from diptych.serve.held import Held, check_published, check_replicated
+from diptych.serve.permits import Permits
+from diptych.serve.wire import Extra, pack_emit, pack_ids, unpack_published, unpack_ticket
 from diptych.serve.worker_ports import Ports, ToPeer
 from diptych.transfer.seam import Plan, Stats
 
-MAX_EARLY = 1024  # requests a peer may speak of before our own Place comes
-
 
 class WorkerDriver:
-    """Drives one policy object. All calls come from one thread."""
+    """Drives one policy object. All calls come from one thread; only `permits` may be asked from others."""
 
     def __init__(
         self,
@@ -63,6 +64,7 @@ class WorkerDriver:
         vocab_size: int = 1 << 31,
     ):
         self.policy = policy
+        self.permits = Permits(policy)
         self._vocab_size = vocab_size
         self.num_steps = 0
         self._last_step: float | None = None  # when one was last done
@@ -79,8 +81,7 @@ class WorkerDriver:
         self._journal = journal
         self._held: dict[int, Held] = {}
         self._steps: dict[int, Run] = {}
-        self.copied: dict[tuple[str, int], int] = {}  # checksums of blocks that peers let us replicate
-        self._early: OrderedDict[int, list[tuple[Publish, bytes]]] = OrderedDict()  # what came before its Place
+        self.attached = Attached()
 
     def told(self, peer: str, event: ToPeer, attachment: bytes | memoryview = b"") -> None:
         """A peer says something. Raises ProtocolError, with nothing changed, where that is none of its business."""
@@ -94,10 +95,7 @@ class WorkerDriver:
                 check_published(event, attachment, self._vocab_size)
                 self._expect_part(event)
             case Replicate():
-                if [len(digest) for digest in event.hashes] != [HASH_BYTES] * len(event.blocks):
-                    raise ProtocolError(f"{len(event.blocks)} blocks, and not as many hashes")
-                check_blocks(event.blocks)
-                unpack_sums(attachment, len(event.blocks))
+                check_replicated(event, attachment)
         self.on(event, attachment)
 
     def _expect_part(self, event: Publish) -> None:
@@ -105,8 +103,8 @@ class WorkerDriver:
         if held is not None:
             if not held.expects:
                 raise ProtocolError(f"nothing of attempt {event.rid} is to be published here (any more)")
-        elif len(self._early.get(event.rid, ())) >= MAX_EARLY:
-            raise ProtocolError(f"attempt {event.rid} is not here, and {MAX_EARLY} parts of it are known")
+        else:
+            self.attached.expect_part(event.rid)
 
     def on(self, event: WorkerEvent, attachment: bytes | memoryview = b"") -> None:
         """Take in an event: hand it to policy, and do what it orders."""
@@ -117,11 +115,7 @@ class WorkerDriver:
             case Publish():
                 self._published(event, attachment)
             case Replicate():
-                self.copied |= zip(
-                    [(event.peer, block) for block in event.blocks],
-                    unpack_sums(attachment, len(event.blocks)),
-                    strict=True,
-                )
+                self.attached.replicated(event, attachment)
             case Read():
                 self.num_transfers += 1
                 self.num_kv_bytes += event.num_bytes
@@ -133,6 +127,8 @@ class WorkerDriver:
                 self.accounts.settled(self._clock(), pull)
             case PeerLost(peer=peer):
                 forget_peer(self, peer)
+            case Cancel(rid=rid):
+                self.attached.claim(rid)  # for nobody
             case Answer(rid=rid, ok=True) if coming := self.accounts.arriving(rid):
                 coming.enter(self._clock(), "queue")
         self._decide(event)
@@ -211,15 +207,17 @@ class WorkerDriver:
             case Publish():
                 self._tell(order, self._describe(order))
             case Replicate():
-                self._tell(order, self._sums(order.blocks))
+                self._tell(order, self._offered(order))
             case Pull():
                 self.accounts.pulled(self._clock(), order)
-                source, target = np.array(order.source, np.int32), np.array(order.target, np.int32)
-                self._ports.pull(order, Plan(source, target, np.array(self._expected(order), np.uint64)))
+                self._ports.pull(order, self._plan(order))
             case CancelPull(pull=pull):
                 self._ports.cancel_pull(pull)
             case Drained() | LinkMeasured():
                 self._ports.report(order, b"")
+            case Drop(peer=peer, rid=rid):
+                self.attached.dropped(peer, rid)
+                self._tell(order, b"")
             case _:
                 if isinstance(order, Done) and (coming := self.accounts.arriving(order.rid)):
                     coming.enter(self._clock(), "answer")
@@ -238,12 +236,15 @@ class WorkerDriver:
             self._ports.report(stalls, b"")
         self.accounts.forget(order.rid)
 
-    def _expected(self, order: Pull) -> Iterable[int]:
-        """The checksums of the blocks that are to be read."""
+    def _plan(self, order: Pull) -> Plan:
+        """What is to be read, by what permit, and the checksums it is to have."""
         if order.purpose == Purpose.REPLICA:
-            # 0: named twice, which a peer that knows its own blocks does not; what is read will not match.
-            return [self.copied.pop((order.peer, block), 0) for block in order.source]
-        return self._held[order.rid].checksums[order.first : order.first + len(order.source)]
+            permit, sums = self.attached.take(order.peer, order.rid, order.source)
+        else:
+            held = self._held[order.rid]
+            permit, sums = held.permit, list(held.checksums[order.first : order.first + len(order.source)])
+        source, target = np.array(order.source, np.int32), np.array(order.target, np.int32)
+        return Plan(source, target, np.array(sums, np.uint64), permit=permit)
 
     def _note_cached(self, run: Run) -> None:
         """A sequence that starts behind its first token does so because its prefix was found."""
@@ -279,7 +280,8 @@ class WorkerDriver:
         tokens.frombytes(ticket.tokens)
         size = self.policy.spec.block_size
         parent = place.hashes[-1] if place.hashes else ticket.root
-        if len(place.hashes) >= place.num_prompt // size:  # else no prefix of it is to be found
+        # Where none came no prefix is to be found, so that its log-probabilities are computed: with the first attempt.
+        if len(place.hashes) >= place.num_prompt // size or place.num_tokens > place.num_prompt:
             written = block_hashes(tokens[len(place.hashes) * size :], size, parent)
             parent = written[-1] if written else parent
             place = replace(place, hashes=place.hashes + written)
@@ -295,38 +297,37 @@ class WorkerDriver:
             len(tokens),
         )
         self._ports.admit(place.rid, tokens.tolist(), ticket.num_prompt, ticket.sampling)
-        for publish, early in self._early.pop(place.rid, []):
+        for publish, early in self.attached.claim(place.rid):
             self._published(publish, early)
         return place
 
     def _published(self, event: Publish, attachment: bytes | memoryview) -> None:
         held = self._held.get(event.rid)
         if held is None:
-            self._early.setdefault(event.rid, []).append((event, bytes(attachment)))
-            if len(self._early) > MAX_EARLY:
-                self._early.popitem(last=False)
+            self.attached.published(event, attachment)
         elif held.expects == event.peer:  # what came before the Place may be anybody's
             held.expects = "" if event.final else held.expects
-            self._attach(event.rid, bytes(attachment))
+            self._attach(event, attachment)
 
     def _describe(self, order: Publish) -> bytes:
-        """The attachment of a Publish: the blocks' checksums, then (final) the first token as one more number."""
+        """The attachment of a Publish: what lets its blocks be read, then (final) the first token."""
         first = pack_ids([self._held[order.rid].tokens[-1]]) if order.final else b""
-        return self._sums(order.blocks) + first
+        return self._offered(order) + first
 
-    def _sums(self, blocks: tuple[int, ...]) -> bytes:
-        return self._ports.checksum(np.array(blocks, np.int32)).tobytes() if blocks else b""
+    def _offered(self, order: Publish | Replicate) -> bytes:
+        """What lets blocks of ours be read: a permit, and their checksums."""
+        sums = self._ports.checksum(np.array(order.blocks, np.int32)).tobytes() if order.blocks else b""
+        return self.permits.issue(order.rid) + sums
 
-    def _attach(self, rid: int, data: bytes) -> None:
-        held = self._held[rid]
-        num_sums = len(data) // 8
-        held.checksums.frombytes(data[: 8 * num_sums])
-        first = unpack_ids(data[8 * num_sums :])
+    def _attach(self, event: Publish, data: bytes | memoryview) -> None:
+        held = self._held[event.rid]
+        held.permit, sums, first = unpack_published(data, len(event.blocks))
+        held.checksums.extend(sums)
         if first:
-            if (coming := self.accounts.arriving(rid)) is not None:
+            if (coming := self.accounts.arriving(event.rid)) is not None:
                 coming.final(self._clock())
             held.tokens.extend(first)
-            self._ports.extend(rid, first)
+            self._ports.extend(event.rid, first)
 
     def _filled(self, run: Run) -> tuple[tuple[int, bytes], ...]:
         """Hashes of the blocks that became full of computed tokens and that policy does not know yet."""
@@ -356,7 +357,7 @@ def forget_peer(driver: WorkerDriver, peer: str) -> None:
     """It is gone, or out of reach: nothing is kept under its name."""
     driver.links.pop(peer, None)
     driver.accounts.forget_peer(peer)
-    driver.copied = {(name, block): total for (name, block), total in driver.copied.items() if name != peer}
+    driver.attached.forget_peer(peer)
 
 
 def shown(policy: Worker) -> dict[str, Any]:

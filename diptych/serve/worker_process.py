@@ -93,7 +93,7 @@ class WorkerProcess:
 
         0: drained and dismissed. 1: the router is gone, or we left at once. 2: refused, and the reason was said.
         """
-        self._transport.register(self._parts.pool)
+        self._transport.register(self._parts.pool, self._driver.permits.readable)
         server = await self._listen()
         self._router = await call(
             self._orders.router, self._orders.key, replace(self._hello, kind="worker"), self._meet_router

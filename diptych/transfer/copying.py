@@ -16,7 +16,7 @@ from diptych.errors import LayoutMismatch, ProtocolError, TransferError
 from diptych.transfer import native
 from diptych.transfer.layout import Layout, Pieces
 from diptych.transfer.pool import Pool
-from diptych.transfer.seam import Landed, Plan, Stats
+from diptych.transfer.seam import PERMIT_BYTES, Landed, Plan, Readable, Stats
 
 PART_BYTES = 1 << 20  # copied at once where somebody wants to hear of it
 
@@ -89,19 +89,34 @@ class Copy:
         return int(part.start) + native.copy_pieces(self.target, self.source, *ids, moves.pieces, self.cancel)
 
 
-def prepare(source: Pool, target: Pool, plan: Plan, cancel: native.Flag | None = None) -> Copy:
-    """Check a plan against both pools. Raises what `check` does, and LayoutMismatch for pools that differ."""
+def prepare(
+    source: Pool, target: Pool, plan: Plan, cancel: native.Flag | None = None, readable: Readable | None = None
+) -> Copy:
+    """Check a plan against both pools, and its permit, where there is somebody to judge it.
+
+    Raises what `check` does, LayoutMismatch for pools that differ, TransferError where the permit is not good.
+    """
     if source.layout != target.layout:
         target.layout.check(source.layout)
-    return Copy(source.view, target.view, check(source.num_blocks, target, plan), cancel)
+    moves = check(source.num_blocks, target, plan)
+    if readable is not None and not readable(plan.permit, moves.source_ids.tolist()):
+        raise refusal("the peer")
+    return Copy(source.view, target.view, moves, cancel)
+
+
+def refusal(name: str) -> TransferError:
+    """What a read fails with whose permit is not good for its blocks."""
+    return TransferError(f"{name} refused: it does not offer these blocks by this permit (any more)")
 
 
 def check(num_blocks: int, target: Pool, plan: Plan) -> Moves:
     """Check a plan against our pool and a peer's of `num_blocks`. The ids are copied: the plan's arrays may change.
 
     Raises ProtocolError for ids outside a pool, lists of unequal length, a target block named twice, impossible
-    ranges or checksums for parts of blocks.
+    ranges, checksums for parts of blocks or a permit that is none.
     """
+    if len(plan.permit) != PERMIT_BYTES:
+        raise ProtocolError(f"a permit has {PERMIT_BYTES} bytes, not {len(plan.permit)}")
     source_ids = native.check_ids(plan.source, num_blocks, "source")
     target_ids = native.check_ids(plan.target, target.num_blocks, "target")
     n = len(target_ids)
@@ -114,9 +129,9 @@ def check(num_blocks: int, target: Pool, plan: Plan) -> Moves:
     return Moves(source_ids, target_ids, _checksums(plan, n, pieces), pieces, block_bytes)
 
 
-def read_now(source: Pool, target: Pool, plan: Plan) -> Stats:
+def read_now(source: Pool, target: Pool, plan: Plan, readable: Readable | None = None) -> Stats:
     """Read synchronously, verified. Raises what `prepare` and `Copy.run` raise."""
-    return prepare(source, target, plan).run()
+    return prepare(source, target, plan, readable=readable).run()
 
 
 def checksum(pool: Pool, blocks: NDArray[np.int32]) -> NDArray[np.uint64]:

@@ -20,7 +20,7 @@ from diptych.errors import TransferError
 from diptych.transfer import native
 from diptych.transfer.pool import Pool
 from diptych.transfer.reading import ThreadedPeer
-from diptych.transfer.seam import Transport
+from diptych.transfer.seam import Readable, Transport
 
 LOOK_S = 5e-3
 
@@ -56,9 +56,9 @@ class EmulatedTransport:
         self._transport, self._rate = transport, rate
         self._links: dict[str, Link] = {}  # by the source: its next incarnation is on the same link
 
-    def register(self, pool: Pool) -> None:
+    def register(self, pool: Pool, readable: Readable | None = None) -> None:
         """Export the pool."""
-        self._transport.register(pool)
+        self._transport.register(pool, readable)
 
     def describe(self) -> bytes:
         """What a peer needs to connect; how fast it will read is its own affair."""

@@ -24,7 +24,7 @@ from diptych.transfer.description import Description
 from diptych.transfer.handshake import Code, check_code
 from diptych.transfer.layout import Layout
 
-_MAGIC = b"diptcp-1"
+_MAGIC = b"diptcp-2"  # whenever anything that is said on these connections changes (`frames.py`), this does
 _NONCE_BYTES = _PROOF_BYTES = 32
 _CHALLENGE = struct.Struct(f"<8s{_NONCE_BYTES}s")
 _HELLO = struct.Struct(f"<8s{_NONCE_BYTES}sB64sQ32s")
@@ -46,7 +46,7 @@ async def introduce(sock: socket.socket, said: Description, key: str, purpose: P
     """
     challenge = await _receive(sock, _CHALLENGE.size, name)
     if not challenge.startswith(_MAGIC):
-        raise ProtocolError(f"{name} does not speak this protocol")
+        raise ProtocolError(f"{name} does not speak this protocol: it says {challenge[:8]!r}, and we {_MAGIC!r}")
     nonce = secrets.token_bytes(_NONCE_BYTES)
     expected = said.worker.encode(), said.incarnation, said.layout.fingerprint().encode()
     hello = _HELLO.pack(_MAGIC, nonce, purpose, *expected)

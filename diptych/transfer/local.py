@@ -14,6 +14,7 @@ from diptych.transfer import copying, description, native
 from diptych.transfer.description import Description
 from diptych.transfer.pool import Pool
 from diptych.transfer.reading import ThreadedPeer, settle
+from diptych.transfer.seam import Readable
 
 
 class LocalRegistry:
@@ -45,6 +46,7 @@ class LocalTransport:
         self.worker, self.incarnation = worker, incarnation
         self._registry = registry
         self._pool: Pool | None = None
+        self._readable: Readable | None = None
         self._readers: set[ThreadedPeer] = set()  # they read from us
         self._peers: set[ThreadedPeer] = set()  # we read from them
 
@@ -55,10 +57,10 @@ class LocalTransport:
             raise ConfigError(f"worker {self.worker} has not registered a pool")
         return self._pool
 
-    def register(self, pool: Pool) -> None:
-        """Let others in this process read the pool. May compile the copy routines on the first call of all."""
+    def register(self, pool: Pool, readable: Readable | None = None) -> None:
+        """Let others in this process read what is readable. May compile the copy routines on the first call of all."""
         native.available()
-        self._pool = pool
+        self._pool, self._readable = pool, readable
         self._registry.add(self)
 
     def describe(self) -> bytes:
@@ -75,9 +77,8 @@ class LocalTransport:
             source._readers.discard(peer)
             self._peers.discard(peer)
 
-        peer = ThreadedPeer(
-            name, source.worker, "local", source.pool.layout, partial(copying.prepare, source.pool, self.pool), release
-        )
+        prepare = partial(copying.prepare, source.pool, self.pool, readable=source._readable)
+        peer = ThreadedPeer(name, source.worker, "local", source.pool.layout, prepare, release)
         source._readers.add(peer)
         self._peers.add(peer)
         return peer

@@ -22,6 +22,7 @@ from diptych.errors import ConfigError, PeerLost, ProtocolError
 from diptych.transfer import description
 from diptych.transfer.pool import Pool
 from diptych.transfer.reading import ThreadedPeer
+from diptych.transfer.seam import Readable
 from diptych.transfer.shm import ShmTransport
 from diptych.transfer.tcp import TcpTransport
 
@@ -72,10 +73,10 @@ class Transports:
     def _ways(self) -> list[ShmTransport | TcpTransport]:
         return [way for way in (self._shm, self._tcp) if way is not None]
 
-    def register(self, pool: Pool) -> None:
-        """Export the pool every way; once."""
+    def register(self, pool: Pool, readable: Readable | None = None) -> None:
+        """Export the pool every way; once. Over TCP only what is readable."""
         for way in self._ways:
-            way.register(pool)
+            way.register(pool, readable)
 
     def describe(self) -> bytes:
         """What a peer needs to connect, here or elsewhere."""

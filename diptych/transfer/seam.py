@@ -2,7 +2,7 @@
 
 A plan is indices, never addresses. The receiver is the only writer of its own memory (pull), so an abort is a
 local matter: `cancel()` asks, and only `settled` says that no byte can land any more. Knows nothing of
-requests, leases or scheduling.
+requests, leases or scheduling: a *permit* is bytes that a plan shows and whose owner knows what they mean.
 """
 
 import asyncio
@@ -19,7 +19,10 @@ from diptych.transfer.pool import Pool
 Lane = Literal["local", "shm", "tcp"]
 Codec = Literal["raw", "int8"]
 Wish = Literal["raw", "int8", "auto"]
+Readable = Callable[[bytes, list[int]], bool]  # whether a permit is good for these blocks now; on any thread
 Landed = Callable[[int, float], None]  # so many bytes are here, that began to come at that `perf_counter`
+PERMIT_BYTES = 24
+NO_PERMIT = bytes(PERMIT_BYTES)
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +33,7 @@ class Plan:
     layers: (first, end) of a layer range, heads: (first, end) of a KV-head range; None means all of them. Checksums
     cover whole blocks, so a plan that reads part of a block carries none. codec: how the blocks should travel where
     that takes a wire: "raw", "int8" (not what was computed, but close: `codec.py`), or "auto", int8 where it is faster.
+    permit: what the source gave with its word that these blocks may be read.
     """
 
     source: NDArray[np.int32]
@@ -38,6 +42,7 @@ class Plan:
     layers: tuple[int, int] | None = None
     heads: tuple[int, int] | None = None
     codec: Wish = "raw"
+    permit: bytes = NO_PERMIT
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,8 +98,11 @@ class Peer(Protocol):
 class Transport(Protocol):
     """One per worker. Methods are called on the worker's event loop; copies run off it."""
 
-    def register(self, pool: Pool) -> None:
-        """Export the pool; once, before `describe`."""
+    def register(self, pool: Pool, readable: Readable | None = None) -> None:
+        """Export the pool; once, before `describe`.
+
+        readable: is asked about each read, where the owner takes part in it (not over shared memory); None grants all.
+        """
 
     def describe(self) -> bytes:
         """What a peer needs to connect (msgpack: kind, worker, incarnation, layout card, address). Ours to carry."""

@@ -2,10 +2,12 @@
 
 Strangers are met on the worker's event loop, with a deadline. A reader then has two connections. One asks and is
 answered by a thread of its own: a request names blocks by index, the reply leaves the pool by `sendmsg`, and a request
-that is not in the protocol ends that connection, nothing else. The other is silent; it tells each side that the other
-is gone, or going, whatever the first is busy with.
+that is not in the protocol ends that connection, nothing else. One whose permit is not good for its blocks is refused,
+and the connection goes on: an offer may end while a request is on its way. The other is silent; it tells each side
+that the other is gone, or going, whatever the first is busy with.
 
-Not responsible for who may read what when (leases are policy's), nor for the reader's side (`stream.py`).
+A permit is judged when its request comes; what was granted is sent, though the offer may end meanwhile. Not responsible
+for who may read what when (`readable` knows), nor for the reader's side (`stream.py`).
 """
 
 import asyncio
@@ -25,6 +27,7 @@ from diptych.transfer.introduction import Purpose, meet
 from diptych.transfer.listening import Listener
 from diptych.transfer.native import int8, sockets
 from diptych.transfer.pool import Pool
+from diptych.transfer.seam import Readable
 
 log = logging.getLogger(__name__)
 
@@ -34,10 +37,22 @@ VANISHED_S = 15  # after which a host that is off, or a reader that takes nothin
 
 
 class BlockServer:
-    """Serves `pool` on a listening socket, which it closes. Must be made and closed on one event loop."""
+    """Serves `pool` on a listening socket, which it closes. Must be made and closed on one event loop.
 
-    def __init__(self, pool: Pool, worker: str, incarnation: int, key: str, listener: socket.socket):
+    readable: asked about each request, on its reader's thread; None grants all.
+    """
+
+    def __init__(
+        self,
+        pool: Pool,
+        worker: str,
+        incarnation: int,
+        key: str,
+        listener: socket.socket,
+        readable: Readable | None = None,
+    ):
         self._pool, self._worker, self._incarnation, self._key = pool, worker, incarnation, key
+        self._readable = readable
         self._loop = asyncio.get_running_loop()
         self._strangers: dict[socket.socket, asyncio.Task[None]] = {}  # oldest first
         self._watchers: set[socket.socket] = set()
@@ -126,7 +141,7 @@ class BlockServer:
         """A reader's thread. Only the loop closes the socket: its number must not be another's while we use it."""
         staging = Staging(codec.rows_of(self._pool.layout))
         try:
-            while answer(sock, self._pool, staging):
+            while answer(sock, self._pool, staging, self._readable):
                 pass
         except OSError as error:
             log.info("a KV reader is gone: %s", error)
@@ -136,7 +151,7 @@ class BlockServer:
             self._loop.call_soon_threadsafe(self._forget, sock)
 
 
-def answer(sock: socket.socket, pool: Pool, staging: Staging) -> bool:
+def answer(sock: socket.socket, pool: Pool, staging: Staging, readable: Readable | None = None) -> bool:
     """Answer one request on a blocking socket; False where the reader hung up between two.
 
     Raises OSError, and ProtocolError for what is not a request, or is for what is not there.
@@ -148,6 +163,10 @@ def answer(sock: socket.socket, pool: Pool, staging: Staging) -> bool:
     ids = np.frombuffer(_take(sock, 4 * request.num_blocks), dtype="<i4")
     if len(ids) != request.num_blocks:
         raise ProtocolError("a request ended before its block ids")
+    if readable is not None and not readable(request.permit, ids.tolist()):
+        log.info("refused a KV reader %d blocks: they are not offered by the permit it has", len(ids))
+        sock.sendall(frames.encode_refusal(request.number, request.num_blocks))
+        return True
     whole = request.layers is None and request.heads is None
     if request.codec == "int8":
         if not whole:

@@ -24,6 +24,7 @@ from diptych.transfer.description import Description
 from diptych.transfer.exporter import Exporter, private_folder
 from diptych.transfer.pool import Pool
 from diptych.transfer.reading import ThreadedPeer, settle
+from diptych.transfer.seam import Readable
 
 
 class ShmTransport:
@@ -46,8 +47,11 @@ class ShmTransport:
             raise ConfigError(f"worker {self.worker} has not registered a pool")
         return self._pool
 
-    def register(self, pool: Pool) -> None:
-        """Export the pool; once. May compile the copy routines on the first call on this machine."""
+    def register(self, pool: Pool, readable: Readable | None = None) -> None:
+        """Export the pool; once. May compile the copy routines on the first call on this machine.
+
+        Nobody is asked what is readable: whoever is given the descriptor maps all of the pool.
+        """
         if self._exporter is not None:
             raise ConfigError(f"worker {self.worker} has registered a pool already")
         native.available()

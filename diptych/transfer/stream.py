@@ -77,7 +77,7 @@ class Fetch:
             sums = None if self.sums is None else self.sums[part]
             self.num_left += 1
             ids = moves.source_ids[part], moves.target_ids[part]
-            yield Batch(self, landing, *ids, sums, self._plan.layers, self._plan.heads)
+            yield Batch(self, landing, *ids, sums, self._plan.layers, self._plan.heads, self._plan.permit)
 
     def decode(self, batch: "Batch", shape: int8.Rows) -> None:
         """Put blocks that came encoded where they belong; raises TransferError for damaged ones, and if cancelled."""
@@ -101,11 +101,12 @@ class Batch:
     sums: NDArray[np.uint64] | None
     layers: frames.Range
     heads: frames.Range
+    permit: bytes
 
     def request(self, number: int) -> bytes:
         """As bytes."""
         codec = self.fetch.choice.codec
-        asked = frames.Request(number, len(self.source_ids), self.layers, self.heads, codec)
+        asked = frames.Request(number, len(self.source_ids), self.layers, self.heads, codec, self.permit)
         return frames.encode_request(asked, self.source_ids.astype("<i4").tobytes())
 
 
@@ -168,13 +169,19 @@ class Stream:
     # --- in the thread --------------------------------------------------------------------------------------------
 
     def land(self, fetch: Fetch, landed: Landed | None) -> None:
-        """Receive until all of a fetch is here. Raises PeerLost, ProtocolError, TransferError (cancelled)."""
-        with self._breaking():
-            while fetch.num_left:
-                if fetch.flag[0]:
-                    raise TransferError(f"cancelled with {fetch.num_left} requests to go")
-                self._ask()
-                self._advance(fetch, fetch.flag, landed)
+        """Receive until all of a fetch is here. Raises PeerLost, ProtocolError, TransferError (cancelled, refused)."""
+        try:
+            with self._breaking():
+                while fetch.num_left:
+                    if fetch.flag[0]:
+                        raise TransferError(f"cancelled with {fetch.num_left} requests to go")
+                    self._ask()
+                    self._advance(fetch, fetch.flag, landed)
+        except TransferError:
+            fetch.flag[0] = 1  # what is left of it is not wanted, nor asked for
+            with contextlib.suppress(RuntimeError):  # the thread takes no more work: the stream is closed
+                self._thread.submit(self._drain)
+            raise
         if fetch.wire_s:
             self.chooser.crossed(fetch.wire_bytes, fetch.wire_s)
         if fetch.codec_s:
@@ -242,6 +249,11 @@ class Stream:
                 return
             head = self._head.blocks.tobytes()
             encode_s = frames.check_reply(head, number, len(batch.source_ids), batch.landing.num_bytes)
+            if encode_s is None:
+                self._next(batch)
+                if batch.fetch is fetch:
+                    raise copying.refusal(self._name)
+                return
             batch.fetch.codec_s += encode_s
             self._began = time.perf_counter()
         if batch.fetch is fetch:
@@ -250,11 +262,15 @@ class Stream:
         else:
             self._at += self._discard(batch.landing.num_bytes - self._at, flag)
         if self._at == batch.landing.num_bytes:
-            self._asked.popleft()
-            self._at = -frames.REPLY_BYTES
-            batch.fetch.num_left -= 1
+            self._next(batch)
             if batch.fetch is fetch:
                 self._landed(fetch, batch, landed)
+
+    def _next(self, batch: Batch) -> None:
+        """That batch is through; the next reply is due."""
+        self._asked.popleft()
+        self._at = -frames.REPLY_BYTES
+        batch.fetch.num_left -= 1
 
     def _landed(self, fetch: Fetch, batch: Batch, landed: Landed | None) -> None:
         """All of a reply is here."""

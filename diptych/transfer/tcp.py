@@ -21,6 +21,7 @@ from diptych.transfer.description import Description
 from diptych.transfer.introduction import Purpose, introduce
 from diptych.transfer.pool import Pool
 from diptych.transfer.reading import ThreadedPeer, new_thread, settle
+from diptych.transfer.seam import Readable
 from diptych.transfer.serving import BlockServer, set_up
 from diptych.transfer.stream import Stream
 
@@ -55,8 +56,11 @@ class TcpTransport:
             raise ConfigError(f"worker {self.worker} has not registered a pool")
         return self._pool
 
-    def register(self, pool: Pool) -> None:
-        """Serve the pool, if we listen; once. May compile the copy routines on the first call on this machine."""
+    def register(self, pool: Pool, readable: Readable | None = None) -> None:
+        """Serve what is readable of the pool, if we listen; once.
+
+        May compile the copy routines on the first call on this machine.
+        """
         if self._pool is not None:
             raise ConfigError(f"worker {self.worker} has registered a pool already")
         native.available()
@@ -64,7 +68,7 @@ class TcpTransport:
             listener = _listen(*self._address)
             host, port = self._advertise or (self._address[0], 0)
             self._at = host, port or listener.getsockname()[1]
-            self._server = BlockServer(pool, self.worker, self.incarnation, self._key, listener)
+            self._server = BlockServer(pool, self.worker, self.incarnation, self._key, listener, readable)
         self._pool = pool
 
     def describe(self) -> bytes:
