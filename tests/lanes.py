@@ -34,7 +34,6 @@ class Lanes:
     def read(self, source: Pool, target: Pool, plan: Plan, readable: Readable) -> Stats:
         """Carry out a plan; raises TransferError."""
         self._readable[id(source)] = readable
-        self._of(source)
         stats = self._loop.run_until_complete(self._read(source, target, plan))
         self.num_bytes += stats.num_bytes
         return stats
@@ -42,7 +41,7 @@ class Lanes:
     async def _read(self, source: Pool, target: Pool, plan: Plan) -> Stats:
         way = id(source), id(target)
         if way not in self._peers:
-            described = self._transports[id(source)].describe()
+            described = self._of(source).describe()
             self._peers[way] = await self._of(target).connect(described)
             assert self._peers[way].lane == self.lane
         return await self._peers[way].read(plan, 10.0).done()
