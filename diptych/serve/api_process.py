@@ -48,10 +48,11 @@ REPORT_S = 3.0  # longer than the router gives its workers
 class Inbox:
     """The chunks of one request that were not taken yet: a queue for one taker, cheaper than asyncio's."""
 
-    __slots__ = ("_chunks", "_waiter")
+    __slots__ = ("_chunks", "_loop", "_waiter")
 
     def __init__(self) -> None:
         self._chunks: deque[Chunk] = deque()
+        self._loop = asyncio.get_running_loop()  # once: asking costs a system call
         self._waiter: asyncio.Future[None] | None = None
 
     def put(self, chunk: Chunk) -> None:
@@ -64,7 +65,7 @@ class Inbox:
     async def get(self) -> Chunk:
         """Wait for the next one."""
         while not self._chunks:
-            self._waiter = asyncio.get_running_loop().create_future()
+            self._waiter = self._loop.create_future()
             await self._waiter
         return self._chunks.popleft()
 

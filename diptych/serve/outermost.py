@@ -46,9 +46,10 @@ class Outermost:
         began = perf_counter()
         ident = _request_id(scope["headers"])
         scope["request_id"] = ident.decode("latin-1")
+        scope["send_more"] = send  # for what follows a reply's start, at which alone we and the layers below us look
         status = 0
 
-        def send_named(message: Message) -> Awaitable[None]:  # no coroutine of its own: it is called for each token
+        def send_named(message: Message) -> Awaitable[None]:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]

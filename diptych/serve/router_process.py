@@ -355,7 +355,7 @@ class RouterProcess:
         over = bool(message.reason or message.status)
         theirs = client.leave(message.request) if over else client.theirs.get(message.request)
         if theirs is not None:
-            client.channel.say(replace(message, request=theirs), attachment)
+            client.channel.say(msgspec.structs.replace(message, request=theirs), attachment)
 
     def _spawn(self, work: Any) -> None:
         task = asyncio.get_running_loop().create_task(work)

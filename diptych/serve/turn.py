@@ -121,7 +121,8 @@ class Turn:
             turned_away = isinstance(error, Overloaded | Unavailable) and before == 0
             self._failure = "rejected" if turned_away else "failed"
             raise
-        self._computed.set()
+        if not before:
+            self._computed.set()
         self._timer.tokens(self.answer.num_tokens - before)
         return text
 

@@ -118,18 +118,17 @@ class Submit:
     index: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Deliver:
+class Deliver(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, tag=74):
     """The router to an API process: `count` further tokens of an answer (the attachment), or its end.
 
     `reason` "" means that it goes on. `status` 0 means no error; otherwise an HTTP status and why.
     """
 
-    request: int
+    request: journal.Number
     reason: str = ""
-    status: int = 0
+    status: journal.Number = 0
     why: str = ""
-    count: int = 0
+    count: journal.Number = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -318,11 +317,11 @@ def pack_emit(ids: bytes, extra: Extra) -> bytes:
 
 def unpack_emit(count: int, data: bytes | memoryview) -> tuple[list[int], Extra]:
     """The `count` token ids and the Extra of an attachment; ProtocolError where it is not one."""
+    if len(data) == 4 * count:
+        return unpack_ids(data), NO_EXTRA
     ids = unpack_ids(data[: 4 * count])
     if len(ids) != count:
         raise ProtocolError(f"{count} token ids are announced, {len(ids)} are there")
-    if len(data) == 4 * count:
-        return ids, NO_EXTRA
     try:
         extra = _EXTRA.decode(data[4 * count :])
     except journal.MALFORMED as error:
@@ -343,9 +342,7 @@ def unpack_ids(data: bytes | memoryview) -> list[int]:
     """Token ids from int32; ProtocolError where the bytes are not whole numbers."""
     if len(data) % 4:
         raise ProtocolError("token ids are not whole int32 numbers")
-    ids = array("i")
-    ids.frombytes(bytes(data))
-    return ids.tolist()
+    return memoryview(data).cast("i").tolist()
 
 
 def check_ids(ids: Iterable[int], vocab_size: int) -> None:
