@@ -22,6 +22,7 @@ from diptych.serve.api import Settings, make_app
 from diptych.serve.build import cluster_card
 from diptych.serve.channel import Channel, call
 from diptych.serve.frontend import Chunk, Job
+from diptych.serve.logs import about
 from diptych.serve.server import make_server
 from diptych.serve.text import Text
 from diptych.serve.wire import (
@@ -48,9 +49,10 @@ REPORT_S = 3.0  # longer than the router gives its workers
 class Inbox:
     """The chunks of one request that were not taken yet: a queue for one taker, cheaper than asyncio's."""
 
-    __slots__ = ("_chunks", "_loop", "_waiter")
+    __slots__ = ("_chunks", "_loop", "_waiter", "name")
 
-    def __init__(self) -> None:
+    def __init__(self, name: str) -> None:
+        self.name = name  # what log lines call the request
         self._chunks: deque[Chunk] = deque()
         self._loop = asyncio.get_running_loop()  # once: asking costs a system call
         self._waiter: asyncio.Future[None] | None = None
@@ -96,7 +98,7 @@ class RouterFrontend:
         """Send a job off."""
         channel = self._connected()
         request = next(self._numbers)
-        stream = self._streams[request] = Inbox()
+        stream = self._streams[request] = Inbox(job.label.name)
         ticket = Ticket(pack_ids(job.tokens), len(job.tokens), job.sampling, job.root)
         label = job.label
         names = (label.ident, label.caller, label.index)
@@ -191,7 +193,7 @@ class RouterFrontend:
             try:
                 tokens, extra = unpack_emit(message.count, attachment)
             except ProtocolError as why:  # the router passes on what workers say beside their tokens: one answer's end
-                log.error("an answer cannot be read: %s", why)
+                log.error("an answer cannot be read: %s", why, extra=about(stream.name))
                 stream.put(Chunk([], None, (500, "a worker said something that is not in the protocol")))
                 self.cancel(message.request)
                 return

@@ -187,7 +187,9 @@ class Exchange:
         ends = sorted({turn.ending for turn in self._turns})
         cached = used["prompt_tokens_details"]["cached_tokens"]
         ttft_s = self._turns[0].ttft_s
-        return Record(used["prompt_tokens"], cached, used["completion_tokens"], ttft_s, ",".join(ends))
+        return Record(
+            self._order.ident, used["prompt_tokens"], cached, used["completion_tokens"], ttft_s, ",".join(ends)
+        )
 
     def _usage(self) -> dict[str, Any]:
         written = sum(turn.answer.num_tokens for turn in self._turns)

@@ -48,6 +48,12 @@ class Label:
     caller: str = ""
     index: int = 0
 
+    @property
+    def name(self) -> str:
+        """What log lines call it: by what its client sent or was sent in a header, and which further answer it is."""
+        name = self.caller or self.ident
+        return f"{name}/{self.index}" if name and self.index else name
+
 
 NO_LABEL = Label()
 

@@ -32,6 +32,7 @@ class Held:
     vector: bytes = b""  # what came of a prompt after which nothing is written
     codec: str = ""  # how the last of its KV that was read here travelled
     why: str = ""  # and why so
+    name: str = ""  # what log lines call its request
 
     def fill(self, num_computed: int, block_size: int) -> list[bytes]:
         """Hashes of the blocks that are full once so many tokens are computed, but for those known already."""

@@ -25,8 +25,9 @@ QUIET = frozenset(("/health", "/metrics", "/workers"))  # probes and scrapers: l
 
 @dataclass(slots=True)
 class Record:
-    """What a generation leaves for the log; an endpoint finds it in the scope."""
+    """What a generation leaves for the log; an endpoint finds it in the scope. `reply`: the id of its body."""
 
+    reply: str = ""
     prompt_tokens: int = 0
     cached_tokens: int = 0
     output_tokens: int = 0

@@ -225,13 +225,14 @@ class Ticket(msgspec.Struct, frozen=True, array_like=True):
     """What a worker needs of a request and policy must not know: token ids (int32) and how to sample.
 
     The first `num_prompt` tokens are the prompt; any further ones were written by an earlier attempt. `root` is the
-    parent of the first block's hash.
+    parent of the first block's hash. `name` is what log lines call the request: the router fills it in.
     """
 
     tokens: bytes
     num_prompt: int
     sampling: Sampling
     root: bytes
+    name: str = ""
 
 
 class Extra(msgspec.Struct, frozen=True, array_like=True):

@@ -5,6 +5,7 @@ Keeps what policy must not see: token ids, sampling parameters, checksums. The s
 responsible for waiting, nor for any decision.
 """
 
+import logging
 from array import array
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
@@ -43,9 +44,12 @@ from diptych.policy.retention import Replicate
 from diptych.policy.worker import Worker
 from diptych.serve.account import STALL_S, Accounts, cause_of
 from diptych.serve.held import Held, check_blocks, check_published
+from diptych.serve.logs import about
 from diptych.serve.wire import Extra, pack_emit, pack_ids, unpack_ids, unpack_sums, unpack_ticket
 from diptych.serve.worker_ports import Ports, ToPeer
 from diptych.transfer.seam import Plan, Stats
+
+log = logging.getLogger(__name__)
 
 MAX_EARLY = 1024  # requests a peer may speak of before our own Place comes
 
@@ -126,13 +130,20 @@ class WorkerDriver:
                 self.num_kv_bytes += event.num_bytes
                 self.kv_seconds += event.elapsed_s
                 self.accounts.read(self._clock(), event)
-            case ReadFailed():
+            case ReadFailed(pull=pull, why=why):
                 self.num_failed += 1
+                rid = self.accounts.reading(pull)
+                log.warning("KV could not be read: %s", why, extra=about(self.name_of(rid), rid))
             case Settled(pull=pull):
                 self.accounts.settled(self._clock(), pull)
             case Answer(rid=rid, ok=True) if coming := self.accounts.arriving(rid):
                 coming.enter(self._clock(), "queue")
         self._decide(event)
+
+    def name_of(self, rid: int) -> str:
+        """What log lines call the request of an attempt; "" where it is none of ours (any more)."""
+        held = self._held.get(rid)
+        return held.name if held is not None else ""
 
     def travelled(self, rid: int, peer: str, stats: Stats) -> None:
         """How KV that was just read came: for people to see. Policy hears only that it did."""
@@ -250,8 +261,10 @@ class WorkerDriver:
                 if not held.started:
                     held.cached = min(piece.start, held.num_prompt) if held.computes else 0
                     held.note_resumed(piece.start, self.resumed)
-                elif piece.rid not in self.accounts:
-                    self.accounts.note(piece.rid, len(held.tokens) - held.num_prompt, "preempted")
+                else:
+                    log.info("preempted: its memory went to an older request", extra=about(held.name, piece.rid))
+                    if piece.rid not in self.accounts:
+                        self.accounts.note(piece.rid, len(held.tokens) - held.num_prompt, "preempted")
                 held.started = True
 
     def _emitted(self, held: Held, order: Emit) -> bytes:
@@ -281,16 +294,11 @@ class WorkerDriver:
             parent = written[-1] if written else parent
             place = replace(place, hashes=place.hashes + written)
         computes = place.part != Role.DECODE
+        expects, known = "" if computes else place.peer, len(tokens)
         self._held[place.rid] = Held(
-            tokens,
-            ticket.num_prompt,
-            len(place.hashes),
-            parent,
-            "" if computes else place.peer,
-            array("Q"),
-            computes,
-            len(tokens),
+            tokens, ticket.num_prompt, len(place.hashes), parent, expects, array("Q"), computes, known, name=ticket.name
         )
+        log.debug("placed", extra=about(ticket.name, place.rid, part=str(place.part), peer=place.peer))
         self._ports.admit(place.rid, tokens.tolist(), ticket.num_prompt, ticket.sampling)
         for publish, early in self._early.pop(place.rid, []):
             self._published(publish, early)

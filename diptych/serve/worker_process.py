@@ -71,7 +71,7 @@ class WorkerProcess:
         folder = orders.cluster.journal
         self._journal = Journal(Path(folder), spec.name, orders.incarnation, spec) if folder else None
         self._driver = WorkerDriver(parts.policy, self, Clock(), self._journal, parts.card.vocab_size)
-        self._compute = ComputeThread(parts.executor, spec.depth, self._ran)
+        self._compute = ComputeThread(parts.executor, spec.depth, self._ran, self._driver.name_of)
         self._transport = kv_transport(orders)
         self._hello = Hello("peer", self._name, orders.incarnation)
         self._peers = Peers(
@@ -253,7 +253,6 @@ class WorkerProcess:
             self._on(Read(pull, stats.num_bytes, stats.elapsed_s))
         except TransferError as error:
             if pull not in self._cancelled:
-                log.warning("read %d failed: %s", pull, error)
                 self._on(ReadFailed(pull, str(error)))
             await transfer.settled
             self._on(Settled(pull))
