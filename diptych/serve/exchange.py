@@ -126,7 +126,7 @@ class Exchange:
         await turn.begin(self._frontend)
         parts = []
         while turn.answer.finish is None:
-            parts.append(await turn.more())
+            parts.append(turn.take(await turn.more()))
             turn.keep()
         return "".join(parts)
 
@@ -153,7 +153,7 @@ class Exchange:
         always = self._order.with_usage_always
         first = True
         while answer.finish is None:
-            text = await turn.more()
+            text = turn.take(await turn.more())
             used = turn.usage() if always else None
             data = b""
             if first:

@@ -138,7 +138,7 @@ class Timer:
             metrics.prompt_tokens.inc(self._num_prompt)
         else:
             metrics.itl.observe(now - self._last)
-        for _ in range(count - 1):
+        for _ in range(1, count):
             metrics.itl.observe(0.0)
         metrics.generation_tokens.value += count
         self._num_tokens += count

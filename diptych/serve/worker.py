@@ -142,8 +142,7 @@ class WorkerDriver:
 
     def name_of(self, rid: int) -> str:
         """What log lines call the request of an attempt; "" where it is none of ours (any more)."""
-        held = self._held.get(rid)
-        return held.name if held is not None else ""
+        return self._held[rid].name if rid in self._held else ""
 
     def travelled(self, rid: int, peer: str, stats: Stats) -> None:
         """How KV that was just read came: for people to see. Policy hears only that it did."""
