@@ -127,7 +127,7 @@ class Codec:
         code, names = self._code[type(message)]
         return self._encoder.encode((code, *[getattr(message, name) for name in names]))
 
-    def decode(self, data: bytes | memoryview) -> Any:
+    def decode(self, data: bytes) -> Any:
         """The message these bytes are; raises ProtocolError for anything else."""
         kind, decoder = self._kind_of(data)
         try:
@@ -136,10 +136,10 @@ class Codec:
             raise ProtocolError(f"malformed {kind.__name__}: {error}") from None
         return kind(*found[1:]) if type(found) is tuple else found
 
-    def _kind_of(self, data: bytes | memoryview) -> tuple[type, Any]:
+    def _kind_of(self, data: bytes) -> tuple[type, Any]:
         """The array's first element, read without decoding the rest: its header is one byte below 16 fields."""
         if len(data) < 2 or data[0] & 0xF0 != 0x90 or data[1] > MAX_CODE or data[1] not in self._decode:
-            raise ProtocolError(f"not a message: {bytes(data[:8]).hex()}")
+            raise ProtocolError(f"not a message: {data[:8].hex()}")
         return self._decode[data[1]]
 
 
@@ -155,20 +155,19 @@ def frame(entries: Iterable[tuple[bytes, bytes]]) -> bytes:
     return _LENGTH.pack(len(body)) + body
 
 
-def entries(body: bytes) -> Iterator[tuple[memoryview, memoryview]]:
+def entries(body: bytes) -> Iterator[tuple[bytes, bytes]]:
     """The pairs of a frame's body; raises ProtocolError if the lengths do not add up."""
-    view = memoryview(body)
-    at, end = 0, len(view)
+    at, end = 0, len(body)
     while at < end:
         if at + 8 > end:
             raise ProtocolError("a frame ends inside a header")
-        num_message, num_attachment = _LENGTHS.unpack_from(view, at)
+        num_message, num_attachment = _LENGTHS.unpack_from(body, at)
         begin = at + 8
         middle = begin + num_message
         at = middle + num_attachment
         if at > end:
             raise ProtocolError("a frame ends inside a message")
-        yield view[begin:middle], view[middle:at]
+        yield body[begin:middle], body[middle:at]
 
 
 # --- the record ------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ Not responsible for HTTP (`api.py`) or for placing requests (the router).
 
 import asyncio
 import contextlib
+import gc
 import itertools
 import logging
 import socket
@@ -173,7 +174,7 @@ class RouterFrontend:
         channel.heard = self._heard
         channel.lost = self._lost
 
-    def _heard(self, message: Any, attachment: memoryview) -> None:
+    def _heard(self, message: Any, attachment: bytes) -> None:
         match message:
             case Deliver():
                 self._deliver(message, attachment)
@@ -184,7 +185,7 @@ class RouterFrontend:
             case _:
                 raise ProtocolError(f"a router does not say {type(message).__name__}")
 
-    def _deliver(self, message: Deliver, attachment: memoryview) -> None:
+    def _deliver(self, message: Deliver, attachment: bytes) -> None:
         over = bool(message.reason or message.status)
         stream = self._streams.pop(message.request, None) if over else self._streams.get(message.request)
         if stream is not None:
@@ -218,6 +219,8 @@ async def serve(orders: process.Orders) -> None:
     await frontend.connect(orders)
     server = make_server(app, cluster.host, cluster.port)
     server.config.timeout_graceful_shutdown = STOP_S
+    gc.collect()
+    gc.freeze()  # what is loaded stays: no collection should walk it again
     listening = None if orders.fd is None else [socket.socket(fileno=orders.fd)]
     serving = asyncio.ensure_future(server.serve(listening))
     lost = asyncio.ensure_future(frontend.lost.wait())

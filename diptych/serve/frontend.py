@@ -75,7 +75,7 @@ class Job:
     label: Label = NO_LABEL
 
 
-class Chunk(msgspec.Struct, frozen=True):
+class Chunk(msgspec.Struct, frozen=True, gc=False):  # it can be in no cycle, and there is one for each token
     """The next tokens of an answer. The last chunk has a `reason` or an `error` (HTTP status, why).
 
     `tokens` includes the stop token that ended it. `cached`: prompt tokens whose KV was found, said at the latest in

@@ -61,7 +61,7 @@ def check_blocks(blocks: tuple[int, ...]) -> None:
         raise ProtocolError(f"block {max(blocks)} is in no pool")
 
 
-def check_published(event: Publish, attachment: bytes | memoryview, vocab_size: int) -> None:
+def check_published(event: Publish, attachment: bytes, vocab_size: int) -> None:
     """A checksum for each block; with the last of them the first token."""
     check_blocks(event.blocks)
     num_sums = 8 * len(event.blocks)

@@ -174,7 +174,7 @@ class RouterDriver:
         """Who may work with whom has changed, or the time asked for has come."""
         self._decide(event)
 
-    def heard(self, worker: str, message: Emit | Finish, ids: bytes | memoryview) -> None:
+    def heard(self, worker: str, message: Emit | Finish, ids: bytes) -> None:
         """A worker speaks of an attempt; of attempts that are not the present one nothing is believed any more.
 
         Raises ProtocolError, with nothing changed, where it says what no worker can have to say.
@@ -186,7 +186,7 @@ class RouterDriver:
             return
         self._check(worker, open_, message, ids)
         try:
-            ready = open_.sequencer.take(message, (worker, bytes(ids)))
+            ready = open_.sequencer.take(message, (worker, ids))
         except ValueError as error:
             log.error("worker %s: %s", worker, error, extra=about(open_.record.name, message.rid))
             self._break(worker, open_, message.rid)
@@ -199,7 +199,7 @@ class RouterDriver:
             else:
                 self._finished(speaker, request, open_, said, tokens)
 
-    def _check(self, worker: str, open_: Open, message: Emit | Finish, ids: bytes | memoryview) -> None:
+    def _check(self, worker: str, open_: Open, message: Emit | Finish, ids: bytes) -> None:
         """Is it said by who was given the attempt, and possible? Tokens are the next worker's input."""
         if worker not in open_.holders:
             raise ProtocolError(f"attempt {message.rid} is not {worker}'s")

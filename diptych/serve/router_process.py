@@ -126,7 +126,7 @@ class RouterProcess:
     # --- workers -------------------------------------------------------------------------------------------------
 
     def _worker_called(self, channel: Channel) -> None:
-        def heard(message: Any, attachment: memoryview) -> None:
+        def heard(message: Any, attachment: bytes) -> None:
             self._liveness.heard(channel)
             match message:
                 case Emit() | Finish():
@@ -136,7 +136,7 @@ class RouterProcess:
                 case Report(number=number):
                     answered = self._reports.pop((channel.name, number), None)
                     if answered is not None:
-                        answered(bytes(attachment))
+                        answered(attachment)
                 case Register():
                     self._register(channel, message)
                 case Ready():
@@ -253,7 +253,7 @@ class RouterProcess:
     def _client_called(self, channel: Channel) -> None:
         client = Client(channel)
 
-        def heard(message: Any, attachment: memoryview) -> None:
+        def heard(message: Any, attachment: bytes) -> None:
             match message:
                 case Submit():
                     self._submit(client, message, attachment)
@@ -276,7 +276,7 @@ class RouterProcess:
         channel.heard = heard
         channel.lost = lambda why: self._driver.drop_client(client)
 
-    def _submit(self, client: Client, message: Submit, attachment: memoryview) -> None:
+    def _submit(self, client: Client, message: Submit, attachment: bytes) -> None:
         ticket = unpack_ticket(attachment)
         if message.request in client.ours or not fits(message, ticket, self._card.block_size):
             raise ProtocolError("a Submit whose number or lengths are wrong")

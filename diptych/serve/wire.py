@@ -284,7 +284,7 @@ def pack(value: Ticket) -> bytes:
     return _ENCODER.encode(value)
 
 
-def unpack_ticket(data: bytes | memoryview) -> Ticket:
+def unpack_ticket(data: bytes) -> Ticket:
     """A Ticket; ProtocolError for anything else."""
     try:
         ticket = _TICKET.decode(data)
@@ -316,7 +316,7 @@ def pack_emit(ids: bytes, extra: Extra) -> bytes:
     return ids if extra == NO_EXTRA else ids + _ENCODER.encode(extra)
 
 
-def unpack_emit(count: int, data: bytes | memoryview) -> tuple[list[int], Extra]:
+def unpack_emit(count: int, data: bytes) -> tuple[list[int], Extra]:
     """The `count` token ids and the Extra of an attachment; ProtocolError where it is not one."""
     if len(data) == 4 * count:
         return unpack_ids(data), NO_EXTRA
@@ -339,7 +339,7 @@ def _is_score(score: Score) -> bool:
     return len(score.ids) == len(score.values) and len(score.ids) > 0 and len(score.ids) % 4 == 0
 
 
-def unpack_ids(data: bytes | memoryview) -> list[int]:
+def unpack_ids(data: bytes) -> list[int]:
     """Token ids from int32; ProtocolError where the bytes are not whole numbers."""
     if len(data) % 4:
         raise ProtocolError("token ids are not whole int32 numbers")
@@ -353,10 +353,10 @@ def check_ids(ids: Iterable[int], vocab_size: int) -> None:
             raise ProtocolError(f"token {token} is none of the {vocab_size} there are")
 
 
-def unpack_sums(data: bytes | memoryview, count: int) -> list[int]:
+def unpack_sums(data: bytes, count: int) -> list[int]:
     """The checksums (uint64) of `count` blocks; ProtocolError where the bytes are not that."""
     if len(data) != 8 * count:
         raise ProtocolError(f"{count} checksums are announced, {len(data)} bytes are there")
     sums = array("Q")
-    sums.frombytes(bytes(data))
+    sums.frombytes(data)
     return sums.tolist()

@@ -85,7 +85,7 @@ class WorkerDriver:
         self._copied: dict[tuple[str, int], int] = {}  # checksums of blocks that peers let us replicate
         self._early: OrderedDict[int, list[tuple[Publish, bytes]]] = OrderedDict()  # what came before its Place
 
-    def told(self, peer: str, event: ToPeer, attachment: bytes | memoryview = b"") -> None:
+    def told(self, peer: str, event: ToPeer, attachment: bytes = b"") -> None:
         """A peer says something. Raises ProtocolError, with nothing changed, where that is none of its business."""
         if event.peer != peer:
             raise ProtocolError(f"{peer} speaks for {event.peer}")
@@ -111,7 +111,7 @@ class WorkerDriver:
         elif len(self._early.get(event.rid, ())) >= MAX_EARLY:
             raise ProtocolError(f"attempt {event.rid} is not here, and {MAX_EARLY} parts of it are known")
 
-    def on(self, event: WorkerEvent, attachment: bytes | memoryview = b"") -> None:
+    def on(self, event: WorkerEvent, attachment: bytes = b"") -> None:
         """Take in an event: hand it to policy, and do what it orders."""
         match event:
             case Place():
@@ -281,7 +281,7 @@ class WorkerDriver:
         """Send a peer what is for it; it hears our name in place of its own."""
         self._ports.tell(order.peer, replace(order, peer=self.policy.spec.name), attachment)
 
-    def _placed(self, place: Place, attachment: bytes | memoryview) -> Place:
+    def _placed(self, place: Place, attachment: bytes) -> Place:
         """Take in an attempt; returns it with the hashes of the blocks that earlier attempts filled."""
         ticket = unpack_ticket(attachment)
         tokens = array("i")
@@ -303,15 +303,15 @@ class WorkerDriver:
             self._published(publish, early)
         return place
 
-    def _published(self, event: Publish, attachment: bytes | memoryview) -> None:
+    def _published(self, event: Publish, attachment: bytes) -> None:
         held = self._held.get(event.rid)
         if held is None:
-            self._early.setdefault(event.rid, []).append((event, bytes(attachment)))
+            self._early.setdefault(event.rid, []).append((event, attachment))
             if len(self._early) > MAX_EARLY:
                 self._early.popitem(last=False)
         elif held.expects == event.peer:  # what came before the Place may be anybody's
             held.expects = "" if event.final else held.expects
-            self._attach(event.rid, bytes(attachment))
+            self._attach(event.rid, attachment)
 
     def _describe(self, order: Publish) -> bytes:
         """The attachment of a Publish: the blocks' checksums, then (final) the first token as one more number."""

@@ -171,7 +171,7 @@ class WorkerProcess:
         channel.heard = self._heard_router
         channel.lost = lambda why: self._end(1, f"the router is gone: {why}")
 
-    def _heard_router(self, message: Any, attachment: memoryview) -> None:
+    def _heard_router(self, message: Any, attachment: bytes) -> None:
         match message:
             case Place() | Cancel() | Drain():
                 self._on(message, attachment)
@@ -262,11 +262,11 @@ class WorkerProcess:
 
     # --- events in -----------------------------------------------------------------------------------------------
 
-    def _on(self, event: Any, attachment: bytes | memoryview = b"") -> None:
+    def _on(self, event: Any, attachment: bytes = b"") -> None:
         self._driver.on(event, attachment)
         self._set_timer()
 
-    def _told(self, peer: str, event: Any, attachment: memoryview) -> None:
+    def _told(self, peer: str, event: Any, attachment: bytes) -> None:
         self._driver.told(peer, event, attachment)
         self._set_timer()
 
