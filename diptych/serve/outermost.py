@@ -15,6 +15,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from diptych.errors import DiptychError, TooLarge
 from diptych.serve import openai
+from diptych.serve.logs import about
 
 log = logging.getLogger(__name__)
 
@@ -64,7 +65,7 @@ class Outermost:
                 return
             await self.app(scope, receive, send_named)
         except Exception:
-            log.exception("request %s failed", ident.decode("latin-1"))
+            log.exception("a request failed", extra=about(scope["request_id"]))
             if status:
                 raise  # uvicorn closes the connection: the client sees that the reply is not whole
             body = openai.envelope("internal error; the log has more", DiptychError.kind)
