@@ -164,7 +164,9 @@ class Detokenizer:
         if not text.endswith("\ufffd"):
             new = text[self._sent :]
             self._sent = len(text)
-            self._shorten(len(window))
+            mark, self._mark = self._mark, len(window)
+            if 0 < mark < len(window):
+                self._cut(mark, 0)
             return new
         unsure = min(_UNSURE, len(text) - len(text.rstrip("\ufffd")))
         new = text[self._sent : len(text) - unsure]
@@ -179,11 +181,6 @@ class Detokenizer:
         new = text[self._sent :]
         self._sent = len(text)
         return new
-
-    def _shorten(self, end: int) -> None:
-        mark, self._mark = self._mark, end
-        if mark and mark < end:
-            self._cut(mark, 0)
 
     def _cut(self, start: int, unsure: int) -> None:
         rest = self._ids[start:]
