@@ -26,7 +26,7 @@ from typing import Any
 import msgspec
 
 from diptych.bench.client import Client, Record, completion
-from diptych.bench.processes import cpu_seconds
+from diptych.bench.processes import Stopwatch, cpu_seconds
 from diptych.config import load_cluster
 from diptych.serve.supervisor import Supervisor
 
@@ -126,10 +126,12 @@ async def flood(cluster: Supervisor, num: int) -> dict[str, Any]:
     client = Client(HOST, cluster.port)
     streams = [asyncio.ensure_future(client.send(_body(i, 200, False), Record(max_tokens=200))) for i in range(8)]
     opening = [asyncio.ensure_future(_misbehave(cluster.port, number)) for number in range(num)]
+    stopwatch = Stopwatch({"api": pid})
     during = await _health_times(cluster.port, 100)
     writers = [writer for writer in await asyncio.gather(*opening) if writer is not None]
     peak = num_fds(pid)
     during += await _health_times(cluster.port, 40)
+    used = stopwatch.lap().processes["api"]
     records = await asyncio.gather(*streams)
     await client.close()
     hung_up = await _until(lambda: num_fds(pid) <= before[0] + num // 4 + 4, IDLE_S)
@@ -141,6 +143,9 @@ async def flood(cluster: Supervisor, num: int) -> dict[str, Any]:
         "connections": num,
         "health_calm_ms": _ms(calm),
         "health_flood_ms": _ms(during),
+        # What it worked, and what it stood ready without a core: the flood is made on the same machine.
+        "api_cpu_s": round(used.cpu_s, 2),
+        "api_waited_s": round(used.waited_s, 2),
         "streams_complete": sum(not record.error and record.num_tokens == 200 for record in records),
         "fds": {"before": before[0], "peak": peak, "after": num_fds(pid)},
         "rss_mib": {"before": before[1], "after": rss_mib(pid)},

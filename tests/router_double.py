@@ -6,8 +6,9 @@ from diptych.engine.executor import Sampling
 from diptych.policy.membership import Drain
 from diptych.policy.messages import Cancel, Emit, Place, Role, Submitted, WorkerUp
 from diptych.policy.router import Router
+from diptych.serve.frontend import NO_LABEL, Label
 from diptych.serve.router import RouterDriver
-from diptych.serve.wire import Deliver, Extra, Ticket, pack_emit, pack_ids
+from diptych.serve.wire import Deliver, Extra, Ticket, pack_emit, pack_ids, unpack_ticket
 
 PROMPT = [1, 2, 3, 4, 5]
 
@@ -19,18 +20,20 @@ class Workers:
         self.now = 0.0
         self.driver = RouterDriver(Router(), self, lambda: self.now, None)
         self.at: dict[Role, Place] = {}
+        self.names: list[str] = []  # by which workers know what they are given
         roles = {f"p{i}": Role.PREFILL for i in range(num_prefill)} | {f"d{i}": Role.DECODE for i in range(num_decode)}
         for name, role in roles.items():
             self.driver.worker_up(WorkerUp(name, 0, role, 64, 4))
 
-    def submit(self, number: int = 1) -> None:
+    def submit(self, number: int = 1, label: Label = NO_LABEL) -> None:
         """A request of ten tokens."""
         ticket = Ticket(pack_ids(PROMPT), len(PROMPT), Sampling(), b"")
-        self.driver.submit(self, Submitted(number, len(PROMPT), 10, ()), ticket)
+        self.driver.submit(self, Submitted(number, len(PROMPT), 10, ()), ticket, label)
 
     def send(self, worker: str, order: Place | Cancel | Drain, attachment: bytes) -> None:
         if isinstance(order, Place):
             self.at[order.part] = order
+            self.names.append(unpack_ticket(attachment).name)
 
     def dismiss(self, worker: str) -> None: ...
 

@@ -1,7 +1,14 @@
-"""Records where there is no pair, and of what writes nothing, is cancelled, or is seen in the middle."""
+"""Records where there is no pair, and of what writes nothing, is cancelled, or is seen in the middle; and every log."""
 
 import asyncio
+import contextlib
+import json
+import os
+import signal
+from typing import Any
 
+import httpx
+import pytest
 from clusters import answer_of, connected, live
 
 from diptych.engine.executor import Sampling
@@ -41,3 +48,32 @@ def test_records_of_a_mixed_worker() -> None:
 
     with live(mixed=1, engine="paced", chunk=128, paced=PACED) as supervisor:
         asyncio.run(run(supervisor))
+
+
+def test_a_request_is_followed_through_every_log_by_the_id_in_its_header(capfd: pytest.CaptureFixture[str]) -> None:
+    flags = {"engine": "paced", "paced": PACED, "prefill": 1, "decode": 2, "log_level": "debug", "log_format": "json"}
+    body = {"prompt": list(range(200)), "max_tokens": 300, "stream": True, "ignore_eos": True}
+    headers = {"x-request-id": "mine-42"}
+    with live(**flags) as supervisor, httpx.Client(timeout=60) as http:
+        with http.stream("POST", f"{supervisor.url}/v1/completions", json=body, headers=headers) as reply:
+            pieces = reply.iter_lines()
+            for _ in range(20):
+                next(pieces)
+            (record,) = http.get(f"{supervisor.url}/requests/mine-42").json()["requests"]
+            lost = record["attempts"][0]["decode"]
+            rows = http.get(f"{supervisor.url}/workers").json()["workers"]
+            os.kill(next(row["pid"] for row in rows if row["id"] == lost), signal.SIGKILL)
+            assert [line for line in pieces if line][-1] == "data: [DONE]"
+        (record,) = http.get(f"{supervisor.url}/requests/mine-42").json()["requests"]
+    lines: list[dict[str, Any]] = []
+    for line in capfd.readouterr().err.splitlines():
+        with contextlib.suppress(ValueError):  # the supervisor's own words
+            lines.append(json.loads(line))
+    found = [line for line in lines if line.get("request") == "mine-42"]
+    assert {line["process"] for line in found} == {"api", "router", "p0", "d0", "d1"}
+    attempts = [attempt["attempt"] for attempt in record["attempts"]]
+    assert [line["attempt"] for line in found if line["process"] in ("d0", "d1")] == attempts
+    (moved,) = [line for line in found if line["message"] == "a request goes on elsewhere: worker_lost"]
+    assert moved["attempt"] == attempts[1] and moved["level"] == "info" and moved["token"] > 0
+    (ended,) = [line for line in found if line["process"] == "api"]
+    assert ended["reply"] == record["id"] and ended["output_tokens"] == 300

@@ -235,12 +235,12 @@ def recall_once(llm: LLM, seed: int, zeroed: bool) -> bool:
     notes, asked, answer = question(seed)
     tokens = llm.text.encode_chat([{"role": "user", "content": f"{notes} {asked}"}])
     decode = llm.cluster.workers["d0"]
-    before = decode.num_transfers
+    before = decode.traffic.num_transfers
     how = Sampling(stop_ids=llm.cluster.card.stop_ids)
     given = llm.cluster.submit(tokens, 24, how)
     while len(given.tokens) < 2:
         assert llm.cluster.step()
-        if zeroed and decode.num_transfers > before and not decode.policy.running:
+        if zeroed and decode.traffic.num_transfers > before and not decode.policy.running:
             llm.cluster.parts["d0"].pool.view[:] = 0
     llm.cluster.run_until([given])
     llm.cluster.settle()

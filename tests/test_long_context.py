@@ -32,7 +32,7 @@ def test_128k_tokens_through_a_real_model(tmp_path: Path) -> None:
     answer = cluster.submit([rng.randrange(3, 300) for _ in range(NUM_TOKENS)], 4, Sampling())
     cluster.run_until([answer])
     cluster.settle()
-    assert len(answer.tokens) == 4 and cluster.workers["d0"].num_kv_bytes >= NUM_TOKENS * 2 * 16 * 4
+    assert len(answer.tokens) == 4 and cluster.workers["d0"].traffic.num_bytes >= NUM_TOKENS * 2 * 16 * 4
     cluster.close()
     for recording in read_journals(tmp_path / "journal"):
         assert replay(recording).difference is None

@@ -52,7 +52,9 @@ def complete(url: str, **fields: Any) -> httpx.Response:
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_request_leaves_one_line(stream: bool) -> None:
-    (line,) = lines_after(FakeFrontend(), lambda url: complete(url, stream=stream))
+    replies: list[httpx.Response] = []
+    (line,) = lines_after(FakeFrontend(), lambda url: replies.append(complete(url, stream=stream)))
+    assert line["reply"].startswith("cmpl-") and line["reply"] in replies[0].text
     assert (line["process"], line["level"], line["message"]) == ("api", "info", "request")
     assert (line["request"], line["method"], line["route"], line["status"]) == ("mine", "POST", "/v1/completions", 200)
     assert (line["prompt_tokens"], line["cached_tokens"], line["output_tokens"]) == (len(TEXT.encode(PROMPT)), 3, 4)

@@ -43,7 +43,7 @@ class Offered:
         self.cluster, self.peer, self.target, self.codec = cluster, peer, target, codec
         self.source, self.sink = cluster.workers["p0"], cluster.workers["d0"]
         self.answer = cluster.submit(PROMPT, 40, Sampling())
-        while not self.sink.num_transfers:
+        while not self.sink.traffic.num_transfers:
             cluster.step()
         self.permit = self.sink._held[RID].permit
         self.blocks = sorted(self.source.policy.source._offers[RID].blocks)
@@ -191,7 +191,7 @@ def test_the_other_way_it_is_good_for_the_copies_that_are_open(cluster: LocalClu
     assert not answer.over and not ask(plan.permit, blocks)
     cluster.run_until([answer])
     cluster.settle()
-    assert keeper.num_failed == 0 and len(plans) >= 3
+    assert keeper.traffic.num_failed == 0 and len(plans) >= 3
 
 
 @given(at=st.integers(0, PERMIT_BYTES - 1), change=st.integers(1, 255), rid=st.integers(0, (1 << 63) - 1))
@@ -220,5 +220,5 @@ def test_a_read_without_it_fails_and_the_answer_is_the_same(cluster: LocalCluste
     sink._ports.pull = lambda order, plan: pull(order, replace(plan, permit=NO_PERMIT))  # type: ignore[method-assign]
     answer = cluster.submit(PROMPT, 20, Sampling())
     cluster.run_until([answer])
-    assert sink.num_failed == 1 and sink.num_transfers == 0
+    assert sink.traffic.num_failed == 1 and sink.traffic.num_transfers == 0
     assert answer.tokens == oracle(PROMPT, 20, cluster.config.paced)  # type: ignore[attr-defined]

@@ -1,8 +1,12 @@
 """The router's driver: its books of what a death cost."""
 
+import logging
+
+import pytest
 from router_double import Workers
 
 from diptych.policy.messages import Role
+from diptych.serve.frontend import Label
 from diptych.serve.router import Resumed
 
 
@@ -29,3 +33,23 @@ def test_a_keeper_that_died_halfway_through_was_none() -> None:
     assert workers.at[Role.PREFILL].worker == second != first
     workers.write(Role.PREFILL, 1, again=(4, 0))
     assert workers.driver.resumed == {"kept": Resumed(), "not kept": Resumed(1, 4, 0, 0)}
+
+
+def test_every_line_about_a_request_has_the_name_its_client_knows(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO):
+        workers = Workers()
+        workers.submit(1, Label("cmpl-1", "mine", 2))
+        workers.write(Role.PREFILL, 0)
+        assert not caplog.records, "that all is well is for whoever wants to know"
+        workers.write(Role.PREFILL, 0)  # once more, as no worker that is well says it
+        workers.die(Role.DECODE)
+        for name in list(workers.driver.policy.workers):
+            workers.driver.worker_lost(name)
+    facts = [record.fields for record in caplog.records]  # type: ignore[attr-defined]
+    assert {fact["request"] for fact in facts} == {"mine/2"} == set(workers.names)
+    strange, refused, lost, *_, last = caplog.records
+    assert strange.levelno == logging.ERROR and facts[0]["attempt"] == 64
+    assert refused.getMessage() == "a request goes on elsewhere: refused"
+    assert lost.getMessage() == "a request goes on elsewhere: worker_lost"
+    assert [fact["attempt"] for fact in facts[1:3]] == [65, 66] and facts[2]["token"] == 1
+    assert last.getMessage().startswith("a request ends: ") and last.levelno == logging.WARNING

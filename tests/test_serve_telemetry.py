@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from diptych.serve import logs
 from diptych.serve.account import Received
 from diptych.serve.telemetry import CAUSES, Telemetry
 from diptych.serve.waterfall import waterfall
@@ -102,6 +103,7 @@ def test_an_exposed_transfer_has_a_cause(caplog: pytest.LogCaptureFixture) -> No
     assert seen["diptych_kv_transfer_seconds_count", "exposed"] == seen["diptych_handover_gap_seconds_count",] == 5
     assert seen["diptych_kv_transfer_seconds_sum", "total"] == pytest.approx(0.104)
     assert 0.1 < seen["diptych_kv_transfer_gbps", "p0", "d0"] < 1.0
-    (line,) = [record.getMessage() for record in caplog.records]
-    assert "cmpl-1 waited 90 ms for KV from p0 to d0; cause: memory (1000000 bytes over shm at 1.000 GB/s" in line
+    (line,) = [logs.Lines("router").format(record) for record in caplog.records]
+    assert line.endswith(" request=cmpl-1 attempt=64")
+    assert "waited 90 ms for KV from p0 to d0; cause: memory (1000000 bytes over shm at 1.000 GB/s" in line
     assert "80 ms for memory, 10 ms for reads" in line

@@ -28,7 +28,7 @@ def test_token_ids_alone_cost_four_bytes_each() -> None:
     "extra", [Extra(16), Extra(0, (SCORE,)), Extra(32, (SCORE,), (SCORE, SCORE)), Extra(again=(0, 0))]
 )
 def test_what_is_known_of_tokens_travels_behind_them(extra: Extra) -> None:
-    assert unpack_emit(1, memoryview(pack_emit(pack_ids([9]), extra))) == ([9], extra)
+    assert unpack_emit(1, pack_emit(pack_ids([9]), extra)) == ([9], extra)
 
 
 @pytest.mark.parametrize(("count", "data"), [(2, pack_ids([1])), (1, pack_ids([1]) + b"x"), (1, b"abc"), (0, b"z")])

@@ -1,8 +1,10 @@
 """What a worker's driver takes from a peer: its own business with it, whole and in bounds. All else changes nothing."""
 
+import logging
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 
 from diptych.config import load_cluster
@@ -33,7 +35,7 @@ def cluster() -> Iterator[LocalCluster]:
 def halfway(cluster: LocalCluster) -> Any:
     """A request of which d0 has read a part."""
     answer = cluster.submit(PROMPT, 20, Sampling())
-    while not cluster.workers["d0"].num_transfers:
+    while not cluster.workers["d0"].traffic.num_transfers:
         cluster.step()
     assert not answer.over and cluster.workers["p0"].policy.partner(RID) == "d0"
     return answer
@@ -99,6 +101,25 @@ def test_an_offer_whose_lease_is_over_is_void(cluster: LocalCluster) -> None:
     assert RID not in source.policy.source
     is_right(cluster, answer)
     assert sink.policy.num_preempted == 0
+
+
+def test_a_read_that_failed_is_said_by_the_requests_name(
+    cluster: LocalCluster, caplog: pytest.LogCaptureFixture
+) -> None:
+    cluster.workers["p0"]._ports.checksum = lambda blocks: np.zeros(len(blocks), np.uint64)  # type: ignore
+    is_right(cluster, cluster.submit(PROMPT, 20, Sampling()))
+    line = next(record for record in caplog.records if record.getMessage().startswith("KV could not be read: "))
+    assert line.fields == {"request": "request-1", "attempt": RID}  # type: ignore[attr-defined]
+
+
+def test_a_preemption_is_said_by_the_requests_name(cluster: LocalCluster, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO):
+        answers = [cluster.submit([i, *PROMPT], 60, Sampling()) for i in range(30)]
+        cluster.run_until(answers)
+    drivers = cluster.workers.values()
+    lines = [record.fields for record in caplog.records if record.getMessage().startswith("preempted")]  # type: ignore[attr-defined]
+    assert len(lines) == sum(driver.policy.num_preempted for driver in drivers) > 0
+    assert {fact["request"] for fact in lines} <= {f"request-{i + 1}" for i in range(30)}
 
 
 def test_a_second_last_part_is_refused(cluster: LocalCluster) -> None:

@@ -237,7 +237,7 @@ def test_zeroed_pages_change_the_tokens(case: Case) -> None:
     """The comparison can fail: KV that arrives as zeros gives other tokens."""
     cluster = case.cluster(prefill=1, decode=1)
     answer = cluster.submit(case.prompts[-1], NUM_NEW, Sampling())
-    while not answer.tokens or cluster.workers["d0"].num_transfers == 0:
+    while not answer.tokens or cluster.workers["d0"].traffic.num_transfers == 0:
         assert cluster.step()
     cluster.parts["d0"].pool.view[:] = 0
     cluster.run_until([answer])

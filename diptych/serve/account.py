@@ -204,6 +204,11 @@ class Accounts:
         if coming is not None:
             coming.pulled(now)
 
+    def reading(self, pull: int) -> int:
+        """Whose KV a read brings; -1 where that is not known."""
+        order = self._pulls.get(pull)
+        return -1 if order is None else order.rid
+
     def read(self, now: float, event: Read) -> None:
         """A read is over and verified."""
         order = self._pulls.pop(event.pull, None)

@@ -82,7 +82,8 @@ class Answer:
 
     def feed(self, chunk: Chunk) -> str:
         """Take in a chunk; returns the text it adds. Raises what the router says instead of an answer."""
-        self.cached = max(self.cached, chunk.cached)
+        if chunk.cached > self.cached:
+            self.cached = chunk.cached
         self.prompt_scores = self.prompt_scores or chunk.prompt_scores
         self.taken, self.scores = [], ()
         reason = chunk.reason

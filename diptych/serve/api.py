@@ -13,12 +13,13 @@ from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from html import escape
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import msgspec
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
+from starlette.middleware.errors import ServerErrorMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, Response
 from starlette.routing import Route
@@ -297,7 +298,8 @@ def make_app(frontend: Frontend, text: Text, card: ModelCard, settings: Settings
         around.append(Middleware(Guard, key=api.settings.api_key))
     app = Starlette(routes=routes, middleware=around, exception_handlers=handlers)
     app.router.redirect_slashes = False  # a redirect has no envelope, and clients drop the body on the way
-    app.state.api = api
+    # Starlette's own last resort stands around ours, has nothing to do there, and would be asked about every token.
+    app.middleware_stack = cast(ServerErrorMiddleware, app.build_middleware_stack()).app
     return app
 
 

@@ -5,6 +5,7 @@ Not responsible for HTTP (`api.py`) or for placing requests (the router).
 
 import asyncio
 import contextlib
+import gc
 import itertools
 import logging
 import socket
@@ -22,6 +23,7 @@ from diptych.serve.api import Settings, make_app
 from diptych.serve.build import cluster_card
 from diptych.serve.channel import Channel, call
 from diptych.serve.frontend import Chunk, Job
+from diptych.serve.logs import about
 from diptych.serve.server import make_server
 from diptych.serve.text import Text
 from diptych.serve.wire import (
@@ -48,10 +50,12 @@ REPORT_S = 3.0  # longer than the router gives its workers
 class Inbox:
     """The chunks of one request that were not taken yet: a queue for one taker, cheaper than asyncio's."""
 
-    __slots__ = ("_chunks", "_waiter")
+    __slots__ = ("_chunks", "_loop", "_waiter", "name")
 
-    def __init__(self) -> None:
+    def __init__(self, name: str) -> None:
+        self.name = name  # what log lines call the request
         self._chunks: deque[Chunk] = deque()
+        self._loop = asyncio.get_running_loop()  # once: asking costs a system call
         self._waiter: asyncio.Future[None] | None = None
 
     def put(self, chunk: Chunk) -> None:
@@ -64,7 +68,7 @@ class Inbox:
     async def get(self) -> Chunk:
         """Wait for the next one."""
         while not self._chunks:
-            self._waiter = asyncio.get_running_loop().create_future()
+            self._waiter = self._loop.create_future()
             await self._waiter
         return self._chunks.popleft()
 
@@ -95,7 +99,7 @@ class RouterFrontend:
         """Send a job off."""
         channel = self._connected()
         request = next(self._numbers)
-        stream = self._streams[request] = Inbox()
+        stream = self._streams[request] = Inbox(job.label.name)
         ticket = Ticket(pack_ids(job.tokens), len(job.tokens), job.sampling, job.root)
         label = job.label
         names = (label.ident, label.caller, label.index)
@@ -170,7 +174,7 @@ class RouterFrontend:
         channel.heard = self._heard
         channel.lost = self._lost
 
-    def _heard(self, message: Any, attachment: memoryview) -> None:
+    def _heard(self, message: Any, attachment: bytes) -> None:
         match message:
             case Deliver():
                 self._deliver(message, attachment)
@@ -181,7 +185,7 @@ class RouterFrontend:
             case _:
                 raise ProtocolError(f"a router does not say {type(message).__name__}")
 
-    def _deliver(self, message: Deliver, attachment: memoryview) -> None:
+    def _deliver(self, message: Deliver, attachment: bytes) -> None:
         over = bool(message.reason or message.status)
         stream = self._streams.pop(message.request, None) if over else self._streams.get(message.request)
         if stream is not None:
@@ -190,7 +194,7 @@ class RouterFrontend:
             try:
                 tokens, extra = unpack_emit(message.count, attachment)
             except ProtocolError as why:  # the router passes on what workers say beside their tokens: one answer's end
-                log.error("an answer cannot be read: %s", why)
+                log.error("an answer cannot be read: %s", why, extra=about(stream.name))
                 stream.put(Chunk([], None, (500, "a worker said something that is not in the protocol")))
                 self.cancel(message.request)
                 return
@@ -215,6 +219,8 @@ async def serve(orders: process.Orders) -> None:
     await frontend.connect(orders)
     server = make_server(app, cluster.host, cluster.port)
     server.config.timeout_graceful_shutdown = STOP_S
+    gc.collect()
+    gc.freeze()  # what is loaded stays: no collection should walk it again
     listening = None if orders.fd is None else [socket.socket(fileno=orders.fd)]
     serving = asyncio.ensure_future(server.serve(listening))
     lost = asyncio.ensure_future(frontend.lost.wait())

@@ -29,15 +29,15 @@ class Attached:
         if len(self._early.get(rid, ())) >= MAX_PARTS:
             raise ProtocolError(f"attempt {rid} is not here, and {MAX_PARTS} parts of it are known")
 
-    def published(self, event: Publish, attachment: bytes | memoryview) -> None:
+    def published(self, event: Publish, attachment: bytes) -> None:
         """A part of an attempt that is not here yet."""
-        self._early.setdefault(event.rid, []).append((event, bytes(attachment)))
+        self._early.setdefault(event.rid, []).append((event, attachment))
 
     def claim(self, rid: int) -> list[tuple[Publish, bytes]]:
         """What was published of an attempt that has come now, or never will."""
         return self._early.pop(rid, [])
 
-    def replicated(self, event: Replicate, attachment: bytes | memoryview) -> None:
+    def replicated(self, event: Replicate, attachment: bytes) -> None:
         """A peer lets us read these blocks."""
         permit, sums = unpack_offered(attachment, len(event.blocks))
         known = self._copies.setdefault((event.peer, event.rid), {})

@@ -35,7 +35,7 @@ _HELLO_BYTES = 4096  # a stranger may not make us read more than this
 _FRAME_BYTES = 8 << 20  # a frame that has this much is sent, and another one begun
 _BACKLOG_BYTES = 256 << 20  # unsent bytes at which the other side counts as lost
 
-Heard = Callable[[Any, memoryview], None]
+Heard = Callable[[Any, bytes], None]
 
 
 class Channel(asyncio.Protocol):
@@ -164,7 +164,7 @@ async def listen(
     def opened(channel: Channel) -> None:
         challenge = secrets.token_bytes(NONCE_BYTES)
 
-        def first(message: Any, attachment: memoryview) -> None:
+        def first(message: Any, attachment: bytes) -> None:
             if not isinstance(message, Hello) or not _NAME.fullmatch(message.name):
                 raise ProtocolError("it did not say a valid hello")
             if not hmac.compare_digest(message.proof, caller_proof(key, challenge, message)):
@@ -238,13 +238,13 @@ def _introduce(
 ) -> None:
     """The caller's side of the handshake: answer the challenge, and check the welcome."""
 
-    def challenged(message: Any, attachment: memoryview) -> None:
+    def challenged(message: Any, attachment: bytes) -> None:
         if not isinstance(message, Challenge) or len(message.nonce) != NONCE_BYTES:
             raise ProtocolError("it did not say a challenge")
         mine = replace(hello, nonce=secrets.token_bytes(NONCE_BYTES))
         wanted = partial(called_proof, key, message.nonce, mine)
 
-        def answered(message: Any, attachment: memoryview) -> None:
+        def answered(message: Any, attachment: bytes) -> None:
             if not isinstance(message, Welcome) or not hmac.compare_digest(message.proof, wanted(message.name)):
                 raise ProtocolError("it did not prove in a welcome that it knows the key")
             if expect and message.name != expect:

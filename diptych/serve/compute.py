@@ -20,12 +20,19 @@ log = logging.getLogger(__name__)
 
 
 class ComputeThread:
-    """Runs an executor. `done(step, result)` is called on the loop that made this object."""
+    """Runs an executor. `done(step, result)` is called on the loop that made this object.
 
-    def __init__(self, executor: Executor, depth: int, done: Callable[[int, Result], None]):
+    `name_of` an attempt's request is asked for the last words of a step that failed.
+    """
+
+    def __init__(
+        self, executor: Executor, depth: int, done: Callable[[int, Result], None], name_of: Callable[[int], str] = str
+    ):
         self._executor = executor
         self._depth = depth
         self._done = done
+        self._name_of = name_of
+        self._launched: deque[tuple[Run, Any]] = deque()
         self._loop = asyncio.get_running_loop()
         self._commands: queue.SimpleQueue[Callable[[], Any] | Run | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="compute", daemon=True)
@@ -48,21 +55,25 @@ class ComputeThread:
         try:
             self._work()
         except Exception:
-            log.exception("the engine failed; this worker ends")
+            rids = {piece.rid for run, _ in self._launched for piece in run.slices}
+            names = " ".join(sorted(self._name_of(rid) for rid in rids))
+            log.exception("the engine failed; this worker ends", extra={"fields": {"requests": names}})
             os._exit(1)
 
     def _work(self) -> None:
-        launched: deque[tuple[int, Any]] = deque()
+        launched = self._launched
         while True:
             if launched and (len(launched) >= self._depth or self._commands.empty()):
-                step, handle = launched.popleft()
+                run, handle = launched[0]
                 result = self._executor.collect(handle)
-                self._loop.call_soon_threadsafe(self._done, step, result)
+                launched.popleft()
+                self._loop.call_soon_threadsafe(self._done, run.step, result)
                 continue
             match self._commands.get():
                 case None:
                     return
                 case Run() as run:
-                    launched.append((run.step, self._executor.launch(run)))
+                    launched.append((run, None))  # before it is launched: where that fails, it is known which one
+                    launched[-1] = (run, self._executor.launch(run))
                 case command:
                     command()

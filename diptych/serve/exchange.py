@@ -7,7 +7,7 @@ reading or checking the request (`api.py`, `openai.py`), nor for one answer's st
 
 import asyncio
 import contextlib
-from collections.abc import Coroutine, Sequence
+from collections.abc import Awaitable, Coroutine, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,7 +78,7 @@ class Exchange:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            await while_connected(receive, self._run(_Wire(send)))
+            await while_connected(receive, self._run(_Wire(send, scope.get("send_more", send))))
         finally:
             scope["record"] = self._record()
 
@@ -126,7 +126,7 @@ class Exchange:
         await turn.begin(self._frontend)
         parts = []
         while turn.answer.finish is None:
-            parts.append(await turn.more())
+            parts.append(turn.take(await turn.more()))
             turn.keep()
         return "".join(parts)
 
@@ -153,7 +153,7 @@ class Exchange:
         always = self._order.with_usage_always
         first = True
         while answer.finish is None:
-            text = await turn.more()
+            text = turn.take(await turn.more())
             used = turn.usage() if always else None
             data = b""
             if first:
@@ -187,7 +187,9 @@ class Exchange:
         ends = sorted({turn.ending for turn in self._turns})
         cached = used["prompt_tokens_details"]["cached_tokens"]
         ttft_s = self._turns[0].ttft_s
-        return Record(used["prompt_tokens"], cached, used["completion_tokens"], ttft_s, ",".join(ends))
+        return Record(
+            self._order.ident, used["prompt_tokens"], cached, used["completion_tokens"], ttft_s, ",".join(ends)
+        )
 
     def _usage(self) -> dict[str, Any]:
         written = sum(turn.answer.num_tokens for turn in self._turns)
@@ -199,21 +201,26 @@ class Exchange:
 class _Wire:
     """The way to the client. The status line goes out with the first byte, so that an early error has its own."""
 
-    __slots__ = ("_send", "started")
+    __slots__ = ("_send", "_send_more", "started")
 
-    def __init__(self, send: Send):
+    def __init__(self, send: Send, send_more: Send):
         self._send = send
+        self._send_more = send_more  # of the same reply, without the layers that want to see its start
         self.started = False
 
-    async def write(self, data: bytes) -> None:
+    def write(self, data: bytes) -> Awaitable[None]:  # no coroutine of its own: it is called for each token
         if not self.started:
-            self.started = True
-            await self._send(_start(_SSE_HEADERS))
-        await self._send({"type": "http.response.body", "body": data, "more_body": True})
+            return self._begin(data)
+        return self._send_more({"type": "http.response.body", "body": data, "more_body": True})
+
+    async def _begin(self, data: bytes) -> None:
+        self.started = True
+        await self._send(_start(_SSE_HEADERS))
+        await self.write(data)
 
     async def end(self, data: bytes) -> None:
         await self.write(data)
-        await self._send({"type": "http.response.body", "body": b"", "more_body": False})
+        await self._send_more({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def reply(self, body: bytes) -> None:
         length = str(len(body)).encode()

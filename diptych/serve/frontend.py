@@ -48,6 +48,12 @@ class Label:
     caller: str = ""
     index: int = 0
 
+    @property
+    def name(self) -> str:
+        """What log lines call it: by what its client sent or was sent in a header, and which further answer it is."""
+        name = self.caller or self.ident
+        return f"{name}/{self.index}" if name and self.index else name
+
 
 NO_LABEL = Label()
 
@@ -69,7 +75,7 @@ class Job:
     label: Label = NO_LABEL
 
 
-class Chunk(msgspec.Struct, frozen=True):
+class Chunk(msgspec.Struct, frozen=True, gc=False):  # it can be in no cycle, and there is one for each token
     """The next tokens of an answer. The last chunk has a `reason` or an `error` (HTTP status, why).
 
     `tokens` includes the stop token that ended it. `cached`: prompt tokens whose KV was found, said at the latest in

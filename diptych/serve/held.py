@@ -35,6 +35,7 @@ class Held:
     vector: bytes = b""  # what came of a prompt after which nothing is written
     codec: str = ""  # how the last of its KV that was read here travelled
     why: str = ""  # and why so
+    name: str = ""  # what log lines call its request
 
     def fill(self, num_computed: int, block_size: int) -> list[bytes]:
         """Hashes of the blocks that are full once so many tokens are computed, but for those known already."""
@@ -63,7 +64,7 @@ def check_blocks(blocks: tuple[int, ...]) -> None:
         raise ProtocolError(f"block {max(blocks)} is in no pool")
 
 
-def check_published(event: Publish, attachment: bytes | memoryview, vocab_size: int) -> None:
+def check_published(event: Publish, attachment: bytes, vocab_size: int) -> None:
     """A permit, and a checksum for each block; with the last of them the first token."""
     check_blocks(event.blocks)
     _, _, first = unpack_published(attachment, len(event.blocks))
@@ -72,7 +73,7 @@ def check_published(event: Publish, attachment: bytes | memoryview, vocab_size: 
         raise ProtocolError(f"{len(first)} tokens with a Publish whose 'final' is {event.final}")
 
 
-def check_replicated(event: Replicate, attachment: bytes | memoryview) -> None:
+def check_replicated(event: Replicate, attachment: bytes) -> None:
     """A permit, and a hash and a checksum for each block."""
     if [len(digest) for digest in event.hashes] != [HASH_BYTES] * len(event.blocks):
         raise ProtocolError(f"{len(event.blocks)} blocks, and not as many hashes")

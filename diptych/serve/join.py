@@ -86,7 +86,7 @@ async def _ask(address: str, key: str, name: str) -> tuple[Cluster, tuple[tuple[
     """What is served there, what must be the same here, and the host part of our end of the connection."""
     answered: asyncio.Future[tuple[Cluster, tuple[tuple[str, str], ...]]] = asyncio.get_running_loop().create_future()
 
-    def heard(message: Any, attachment: memoryview) -> None:
+    def heard(message: Any, attachment: bytes) -> None:
         match message:
             case Terms(facts=facts):
                 answered.set_result((_read_terms(attachment), facts))
@@ -110,7 +110,7 @@ async def _ask(address: str, key: str, name: str) -> tuple[Cluster, tuple[tuple[
         channel.close()
 
 
-def _read_terms(attachment: memoryview) -> Cluster:
+def _read_terms(attachment: bytes) -> Cluster:
     try:
         return msgspec.json.decode(attachment, type=Cluster)
     except msgspec.MsgspecError as error:

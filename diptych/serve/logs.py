@@ -1,6 +1,7 @@
 """The lines of every process's log: text for people or JSON for machines, with the same facts in both.
 
-A record's facts beside its message are a dict in `extra={"fields": …}`. Not responsible for what is worth a line.
+A record's facts beside its message are a dict in `extra={"fields": …}`; `about` makes that of a line about a request.
+Not responsible for what is worth a line.
 """
 
 import logging
@@ -18,6 +19,12 @@ def set_up(process: str, style: LogFormat = "text", level: LogLevel = "info") ->
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
     for library in ("asyncio", "uvicorn", "httpx"):  # what they find worth saying, short of a warning, is not for users
         logging.getLogger(library).setLevel(max(logging.WARNING, logging.getLogger().level))
+
+
+def about(request: str, rid: int = -1, **facts: Any) -> dict[str, Any]:
+    """The `extra` of a line about a request: what its client knows it by, and which attempt it was."""
+    attempt = {"attempt": rid} if rid >= 0 else {}
+    return {"fields": {"request": request, **attempt, **facts}}
 
 
 def _fields(record: logging.LogRecord) -> dict[str, Any]:

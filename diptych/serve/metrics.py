@@ -14,6 +14,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from prometheus_client.core import GaugeMetricFamily, Metric
 
 from diptych.serve.aliases import Aliases, Collects
+from diptych.serve.tally import Count, Spread
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -53,9 +54,7 @@ class Metrics:
         self.ttft = Histogram(
             "diptych_time_to_first_token_seconds", "Arrival to first token", buckets=_WAITS, registry=at
         )
-        self.itl = Histogram(
-            "diptych_inter_token_latency_seconds", "Gap between two tokens as sent", buckets=_GAPS, registry=at
-        )
+        self.itl = Spread("diptych_inter_token_latency_seconds", "Gap between two tokens as sent", _GAPS, at)
         self.tpot = Histogram(
             "diptych_time_per_output_token_seconds", "Mean gap of one finished request", buckets=_GAPS, registry=at
         )
@@ -66,7 +65,7 @@ class Metrics:
             registry=at,
         )
         self.cached_tokens = Counter("diptych_prompt_tokens_cached", "Those of them whose KV was found", registry=at)
-        self.generation_tokens = Counter("diptych_generation_tokens", "Tokens written", registry=at)
+        self.generation_tokens = Count("diptych_generation_tokens", "Tokens written", at)
         self.requests = Counter("diptych_requests", "Requests that left, by how", ["reason"], registry=at)
         self.prompt_lengths = Histogram(
             "diptych_request_prompt_tokens", "Prompt tokens of one finished request", buckets=_LENGTHS, registry=at
@@ -139,9 +138,9 @@ class Timer:
             metrics.prompt_tokens.inc(self._num_prompt)
         else:
             metrics.itl.observe(now - self._last)
-        for _ in range(count - 1):
+        for _ in range(1, count):
             metrics.itl.observe(0.0)
-        metrics.generation_tokens.inc(count)
+        metrics.generation_tokens.value += count
         self._num_tokens += count
         self._last = now
 

@@ -15,6 +15,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from diptych.errors import DiptychError, TooLarge
 from diptych.serve import openai
+from diptych.serve.logs import about
 
 log = logging.getLogger(__name__)
 
@@ -25,8 +26,9 @@ QUIET = frozenset(("/health", "/metrics", "/workers"))  # probes and scrapers: l
 
 @dataclass(slots=True)
 class Record:
-    """What a generation leaves for the log; an endpoint finds it in the scope."""
+    """What a generation leaves for the log; an endpoint finds it in the scope. `reply`: the id of its body."""
 
+    reply: str = ""
     prompt_tokens: int = 0
     cached_tokens: int = 0
     output_tokens: int = 0
@@ -46,9 +48,10 @@ class Outermost:
         began = perf_counter()
         ident = _request_id(scope["headers"])
         scope["request_id"] = ident.decode("latin-1")
+        scope["send_more"] = send  # for what follows a reply's start, at which alone we and the layers below us look
         status = 0
 
-        def send_named(message: Message) -> Awaitable[None]:  # no coroutine of its own: it is called for each token
+        def send_named(message: Message) -> Awaitable[None]:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
@@ -62,7 +65,7 @@ class Outermost:
                 return
             await self.app(scope, receive, send_named)
         except Exception:
-            log.exception("request %s failed", ident.decode("latin-1"))
+            log.exception("a request failed", extra=about(scope["request_id"]))
             if status:
                 raise  # uvicorn closes the connection: the client sees that the reply is not whole
             body = openai.envelope("internal error; the log has more", DiptychError.kind)

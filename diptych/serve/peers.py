@@ -48,7 +48,7 @@ class Peers:
         key: str,
         transport: Transport,
         card: Callable[[], Register],
-        heard: Callable[[str, Any, memoryview], None],
+        heard: Callable[[str, Any, bytes], None],
         lost: Callable[[str], None],
         report: Callable[[LinkDown | LinkUp], None],
     ):
@@ -142,7 +142,7 @@ class Peers:
                 channel.say(Ready(self._me.name))
                 step("linked")
 
-        def heard(message: Any, attachment: memoryview) -> None:
+        def heard(message: Any, attachment: bytes) -> None:
             match message:
                 case Register() if message.worker == channel.name and not state["met"]:
                     state["met"] = True

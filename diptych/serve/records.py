@@ -86,7 +86,14 @@ class Attempt:
             "steps": known.num_steps,
         }  # fmt: skip
         ended = {"gave_up": self.gave_up} if self.gave_up else {}
-        return {"prefill": self.prefill, "decode": self.decode, "from_token": self.first, **worked, **ended}
+        return {
+            "attempt": self.rid,
+            "prefill": self.prefill,
+            "decode": self.decode,
+            "from_token": self.first,
+            **worked,
+            **ended,
+        }
 
 
 def exposed(gap: dict[str, Any]) -> int:
@@ -114,6 +121,11 @@ class Record:
     stalls: list[tuple[int, float]] = field(default_factory=list)  # (token, gap), once it is over
     median_s: float = 0.0
     note: Note | None = None
+
+    @property
+    def name(self) -> str:
+        """What log lines call it."""
+        return self.label.name or f"request-{self.number}"
 
     def place(self, now: float, order: Place) -> None:
         """The router gives it to a worker; a pair hears of it one after the other."""
@@ -278,7 +290,7 @@ class Records:
         attempt.second_at = now
         gap = attempt.handover()
         if gap is not None and attempt.received is not None:
-            self.telemetry.handed_over(record.label.ident, attempt.decode, attempt.received, gap, exposed(gap))
+            self.telemetry.handed_over(record.name, attempt.decode, attempt.received, gap, exposed(gap))
 
     def accounted(self, worker: str, said: Account) -> None:
         """A worker says what it measured; also of requests that are over."""

@@ -88,12 +88,15 @@ def head(chat: bool, streamed: bool, ident: str, created: int, model: str) -> di
 class Frames:
     """The server-sent events of one choice, everything but the text encoded once."""
 
-    __slots__ = ("_chat", "_close", "_open")
+    __slots__ = ("_after", "_before", "_chat", "_close", "_open", "_said")
 
     def __init__(self, chat: bool, head: dict[str, Any], index: int, with_usage: bool):
         self._chat = chat
         self._open = b"data: " + _encode(head)[:-1] + b',"choices":[{"index":%d,' % index
         self._close = b',"usage":null}\n\n' if with_usage else b"}\n\n"
+        self._said = (b'"delta":{"content":', b"}") if chat else (b'"text":', b"")
+        self._before = self._open + self._said[0]
+        self._after = self._said[1] + b',"logprobs":null,"finish_reason":null}]' + self._close
 
     def first(self, detail: Detail = PLAIN) -> bytes:
         """The event before any text: chat says who speaks."""
@@ -103,8 +106,9 @@ class Frames:
 
     def text(self, text: str, detail: Detail = PLAIN) -> bytes:
         """More of the answer."""
-        said = b'"delta":{"content":' + _encode(text) + b"}" if self._chat else b'"text":' + _encode(text)
-        return self._event(said, b"null", detail)
+        if detail is PLAIN:  # as almost always: everything around the text is known
+            return b"".join((self._before, _encode(text), self._after))
+        return self._event(_encode(text).join(self._said), b"null", detail)
 
     def pieces(self, pieces: Sequence[Piece], detail: Detail = PLAIN) -> bytes:
         """More of an answer in which calls are looked for: an event each, the first with the details."""

@@ -39,6 +39,7 @@ from diptych.policy.messages import (
 from diptych.policy.router import Router
 from diptych.policy.sequencer import Sequencer
 from diptych.serve.frontend import NO_LABEL, Label
+from diptych.serve.logs import about
 from diptych.serve.records import Record, Records
 from diptych.serve.wire import Deliver, Ticket, check_ids, pack, unpack_emit, unpack_ids
 
@@ -181,7 +182,7 @@ class RouterDriver:
         """Who may work with whom has changed, or the time asked for has come."""
         self._decide(event)
 
-    def heard(self, worker: str, message: Emit | Finish, ids: bytes | memoryview) -> None:
+    def heard(self, worker: str, message: Emit | Finish, ids: bytes) -> None:
         """A worker speaks of an attempt; of attempts that are not the present one nothing is believed any more.
 
         Raises ProtocolError, with nothing changed, where it says what no worker can have to say.
@@ -193,9 +194,9 @@ class RouterDriver:
             return
         self._check(worker, open_, message, ids)
         try:
-            ready = open_.sequencer.take(message, (worker, bytes(ids)))
+            ready = open_.sequencer.take(message, (worker, ids))
         except ValueError as error:
-            log.error("worker %s, attempt %d: %s", worker, message.rid, error)
+            log.error("worker %s: %s", worker, error, extra=about(open_.record.name, message.rid))
             self._break(worker, open_, message.rid)
             return
         for said, (speaker, tokens) in ready:
@@ -206,7 +207,7 @@ class RouterDriver:
             else:
                 self._finished(speaker, request, open_, said, tokens)
 
-    def _check(self, worker: str, open_: Open, message: Emit | Finish, ids: bytes | memoryview) -> None:
+    def _check(self, worker: str, open_: Open, message: Emit | Finish, ids: bytes) -> None:
         """Is it said by who was given the attempt, and possible? Tokens are the next worker's input."""
         if worker not in open_.holders:
             raise ProtocolError(f"attempt {message.rid} is not {worker}'s")
@@ -266,6 +267,7 @@ class RouterDriver:
         match order:
             case Place():
                 open_ = self._open[request_of(order.rid)]
+                _log_place(open_, order, event)
                 open_.placed = self._clock()
                 self.records.placed(open_.placed, open_.record, order, _reason(event))
                 others = open_.holders if open_.rid == order.rid else ()
@@ -275,7 +277,7 @@ class RouterDriver:
                     open_.kept = open_.holds
                     keeper = order.worker if order.peer else ""
                     open_.keeper, open_.holds = keeper, open_.holds and keeper == open_.keeper
-                ticket = Ticket(open_.tokens.tobytes(), open_.num_prompt, open_.sampling, open_.root)
+                ticket = Ticket(open_.tokens.tobytes(), open_.num_prompt, open_.sampling, open_.root, open_.record.name)
                 self._ports.send(order.worker, order, pack(ticket))
             case Cancel() | Drain():
                 self._ports.send(order.worker, order, b"")
@@ -284,7 +286,17 @@ class RouterDriver:
             case Reject(request=request, status=status, why=why):
                 open_ = self._open.pop(request)
                 open_.record.end(self._clock(), "failed" if open_.record.attempts else "rejected", why)
+                level = logging.WARNING if open_.record.attempts else logging.INFO
+                log.log(level, "a request ends: %s", why, extra=about(open_.record.name, open_.rid, status=status))
                 self._ports.deliver(open_.client, Deliver(request, "", status, why), b"")
+
+
+def _log_place(open_: Open, order: Place, event: RouterEvent) -> None:
+    """Who gets it; that it goes on elsewhere is said at once for the two halves of a pair."""
+    facts = about(open_.record.name, order.rid, worker=order.worker, part=str(order.part), token=open_.num_written)
+    log.debug("placed", extra=facts)
+    if open_.record.attempts and open_.rid != order.rid:
+        log.info("a request goes on elsewhere: %s", _reason(event), extra=facts)
 
 
 def _ends(reason: Reason, open_: Open) -> bool:

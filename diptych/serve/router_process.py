@@ -123,7 +123,7 @@ class RouterProcess:
     # --- workers -------------------------------------------------------------------------------------------------
 
     def _worker_called(self, channel: Channel) -> None:
-        def heard(message: Any, attachment: memoryview) -> None:
+        def heard(message: Any, attachment: bytes) -> None:
             self._liveness.heard(channel)
             match message:
                 case Emit() | Finish():
@@ -133,7 +133,7 @@ class RouterProcess:
                 case Report(number=number):
                     answered = self._reports.pop((channel.name, number), None)
                     if answered is not None:
-                        answered(bytes(attachment))
+                        answered(attachment)
                 case Register():
                     self._register(channel, message)
                 case Ready():
@@ -250,7 +250,7 @@ class RouterProcess:
     def _client_called(self, channel: Channel) -> None:
         client = Client(channel)
 
-        def heard(message: Any, attachment: memoryview) -> None:
+        def heard(message: Any, attachment: bytes) -> None:
             match message:
                 case Submit():
                     self._submit(client, message, attachment)
@@ -273,7 +273,7 @@ class RouterProcess:
         channel.heard = heard
         channel.lost = lambda why: self._driver.drop_client(client)
 
-    def _submit(self, client: Client, message: Submit, attachment: memoryview) -> None:
+    def _submit(self, client: Client, message: Submit, attachment: bytes) -> None:
         ticket = unpack_ticket(attachment)
         if message.request in client.ours or not fits(message, ticket, self._card.block_size):
             raise ProtocolError("a Submit whose number or lengths are wrong")
@@ -337,7 +337,7 @@ class RouterProcess:
         over = bool(message.reason or message.status)
         theirs = client.leave(message.request) if over else client.theirs.get(message.request)
         if theirs is not None:
-            client.channel.say(replace(message, request=theirs), attachment)
+            client.channel.say(msgspec.structs.replace(message, request=theirs), attachment)
 
     def _spawn(self, work: Any) -> None:
         task = asyncio.get_running_loop().create_task(work)

@@ -13,6 +13,7 @@ from typing import Any
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from diptych.serve.account import STALL_S, Received
+from diptych.serve.logs import about
 
 log = logging.getLogger(__name__)
 
@@ -75,7 +76,9 @@ class Telemetry:
         """A stream goes on after a failover."""
         self.resume.observe(gap_s)
 
-    def handed_over(self, ident: str, target: str, received: Received, gap: Mapping[str, Any], exposed_us: int) -> None:
+    def handed_over(
+        self, request: str, target: str, received: Received, gap: Mapping[str, Any], exposed_us: int
+    ) -> None:
         """Token 2 is delivered. `gap`: the waterfall since token 1."""
         self.gap.observe(gap["us"] / 1e6)
         self.transfer.labels("total").observe(received.read_s)
@@ -89,10 +92,10 @@ class Telemetry:
         if exposed_us > 1e6 * STALL_S:
             cause = _cause(received, gap["parts"], usual)
             self.exposed.labels(cause).inc()
-            self._warn(ident, target, received, gap["parts"], exposed_us, cause)
+            self._warn(request, target, received, gap["parts"], exposed_us, cause)
 
     def _warn(
-        self, ident: str, target: str, received: Received, parts: Mapping[str, int], exposed_us: int, cause: str
+        self, request: str, target: str, received: Received, parts: Mapping[str, int], exposed_us: int, cause: str
     ) -> None:
         """Say why, but not at every one: what was not said is counted."""
         now = monotonic()
@@ -101,10 +104,11 @@ class Telemetry:
             return
         rate = received.num_bytes / received.read_s / 1e9 if received.read_s else 0.0
         log.warning(
-            "request %s waited %.0f ms for KV from %s to %s; cause: %s (%d bytes over %s at %.3f GB/s; "
+            "waited %.0f ms for KV from %s to %s; cause: %s (%d bytes over %s at %.3f GB/s; "
             "%.0f ms for memory, %.0f ms for reads, %.0f ms for the answer); %d more since the last such line",
-            ident or "-", exposed_us / 1e3, received.source, target, cause, received.num_bytes, received.lane, rate,
+            exposed_us / 1e3, received.source, target, cause, received.num_bytes, received.lane, rate,
             *(parts.get(name, 0) / 1e3 for name in ("memory", "transfer", "answer")), self._num_silent,
+            extra=about(request, received.rid),
         )  # fmt: skip
         self._warned, self._num_silent = now, 0
 

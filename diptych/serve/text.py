@@ -43,6 +43,7 @@ class Text:
         added = tokenizer.get_added_tokens_decoder()
         self.special_ids = frozenset(i for i, token in added.items() if token.special)
         self._shown: dict[int, str] = {}
+        self._lengths: dict[int, int] = {}
         self._anchor = next((i for i in tokenizer.encode("a", add_special_tokens=False).ids), 0)
         self.longest_token = max(map(len, tokenizer.get_vocab(with_added_tokens=True)), default=1)
 
@@ -101,6 +102,13 @@ class Text:
         shown: str = self.tokenizer.decode([token], skip_special_tokens=False)
         return shown
 
+    def length(self, token: int) -> int:
+        """Characters of a token that has the text to itself."""
+        known = self._lengths.get(token)
+        if known is None:
+            known = self._lengths[token] = len(self.tokenizer.decode([token], skip_special_tokens=False))
+        return known
+
     def decode(self, ids: Sequence[int]) -> str:
         """The whole text of an answer, special tokens left out."""
         text: str = self.tokenizer.decode([i for i in ids if i not in self.special_ids], skip_special_tokens=False)
@@ -136,9 +144,10 @@ class Detokenizer:
     differently (a leading space). Special tokens are no text, except those `shown`, by name.
     """
 
-    __slots__ = ("_ids", "_mark", "_sent", "_special", "_tokenizer")
+    __slots__ = ("_ids", "_mark", "_sent", "_special", "_text", "_tokenizer")
 
     def __init__(self, text: Text, shown: Iterable[str] = ()):
+        self._text = text
         self._tokenizer = text.tokenizer
         self._special = text.special_ids.difference(map(text.id_of, shown))
         self._ids: list[int] = []
@@ -148,12 +157,16 @@ class Detokenizer:
     def push(self, ids: Sequence[int]) -> str:
         """The text these tokens add, as far as it is certain."""
         window = self._ids
-        window.extend([i for i in ids if i not in self._special])
+        for token in ids:
+            if token not in self._special:
+                window.append(token)
         text: str = self._tokenizer.decode(window, skip_special_tokens=False)
         if not text.endswith("\ufffd"):
             new = text[self._sent :]
             self._sent = len(text)
-            self._shorten(len(window))
+            mark, self._mark = self._mark, len(window)
+            if 0 < mark < len(window):
+                self._cut(mark, 0)
             return new
         unsure = min(_UNSURE, len(text) - len(text.rstrip("\ufffd")))
         new = text[self._sent : len(text) - unsure]
@@ -169,17 +182,15 @@ class Detokenizer:
         self._sent = len(text)
         return new
 
-    def _shorten(self, end: int) -> None:
-        mark, self._mark = self._mark, end
-        if mark and mark < end:
-            self._cut(mark, 0)
-
     def _cut(self, start: int, unsure: int) -> None:
         rest = self._ids[start:]
-        text = self._tokenizer.decode(rest, skip_special_tokens=False)
-        if len(text) > unsure:  # an empty beginning would make the next token look like the first of the text
+        if len(rest) == 1:  # as always, where each token ends a character
+            length = self._text.length(rest[0])
+        else:
+            length = len(self._tokenizer.decode(rest, skip_special_tokens=False))
+        if length > unsure:  # an empty beginning would make the next token look like the first of the text
             self._ids = rest
-            self._sent = len(text) - unsure
+            self._sent = length - unsure
             self._mark = max(0, self._mark - start)
 
 

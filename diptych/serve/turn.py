@@ -4,6 +4,7 @@ Not responsible for the exchange as a whole (`exchange.py`) or for text (`answer
 """
 
 import asyncio
+from collections.abc import Awaitable
 from time import perf_counter
 from typing import Any
 
@@ -11,7 +12,7 @@ from diptych.engine.executor import Score
 from diptych.errors import DiptychError, Overloaded, Unavailable
 from diptych.serve.answer import Answer
 from diptych.serve.calls import CallParser, Piece
-from diptych.serve.frontend import Frontend, Job, Stream
+from diptych.serve.frontend import Chunk, Frontend, Job, Stream
 from diptych.serve.logprobs import OfCompletion, entries, of_chat, together
 from diptych.serve.metrics import Timer
 from diptych.serve.replies import PLAIN, Detail, usage
@@ -108,10 +109,13 @@ class Turn:
             await self._leader._computed.wait()  # in bounded time: a leader that fails cancels us
             self.submit(frontend)
 
-    async def more(self) -> str:
-        """The text of the next chunk."""
+    def more(self) -> Awaitable[Chunk]:
+        """The next chunk, when it comes."""
         assert self._stream is not None
-        chunk = await self._stream.get()
+        return self._stream.get()
+
+    def take(self, chunk: Chunk) -> str:
+        """The text of a chunk."""
         before = self.answer.num_tokens
         if not before:
             self._heard = perf_counter()
@@ -121,7 +125,8 @@ class Turn:
             turned_away = isinstance(error, Overloaded | Unavailable) and before == 0
             self._failure = "rejected" if turned_away else "failed"
             raise
-        self._computed.set()
+        if not before:
+            self._computed.set()
         self._timer.tokens(self.answer.num_tokens - before)
         return text
 

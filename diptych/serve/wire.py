@@ -119,18 +119,17 @@ class Submit:
     index: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Deliver:
+class Deliver(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, tag=74):
     """The router to an API process: `count` further tokens of an answer (the attachment), or its end.
 
     `reason` "" means that it goes on. `status` 0 means no error; otherwise an HTTP status and why.
     """
 
-    request: int
+    request: journal.Number
     reason: str = ""
-    status: int = 0
+    status: journal.Number = 0
     why: str = ""
-    count: int = 0
+    count: journal.Number = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,13 +226,14 @@ class Ticket(msgspec.Struct, frozen=True, array_like=True):
     """What a worker needs of a request and policy must not know: token ids (int32) and how to sample.
 
     The first `num_prompt` tokens are the prompt; any further ones were written by an earlier attempt. `root` is the
-    parent of the first block's hash.
+    parent of the first block's hash. `name` is what log lines call the request: the router fills it in.
     """
 
     tokens: bytes
     num_prompt: int
     sampling: Sampling
     root: bytes
+    name: str = ""
 
 
 class Extra(msgspec.Struct, frozen=True, array_like=True):
@@ -300,7 +300,7 @@ def pack(value: Ticket) -> bytes:
     return _ENCODER.encode(value)
 
 
-def unpack_ticket(data: bytes | memoryview) -> Ticket:
+def unpack_ticket(data: bytes) -> Ticket:
     """A Ticket; ProtocolError for anything else."""
     try:
         ticket = _TICKET.decode(data)
@@ -332,13 +332,13 @@ def pack_emit(ids: bytes, extra: Extra) -> bytes:
     return ids if extra == NO_EXTRA else ids + _ENCODER.encode(extra)
 
 
-def unpack_emit(count: int, data: bytes | memoryview) -> tuple[list[int], Extra]:
+def unpack_emit(count: int, data: bytes) -> tuple[list[int], Extra]:
     """The `count` token ids and the Extra of an attachment; ProtocolError where it is not one."""
+    if len(data) == 4 * count:
+        return unpack_ids(data), NO_EXTRA
     ids = unpack_ids(data[: 4 * count])
     if len(ids) != count:
         raise ProtocolError(f"{count} token ids are announced, {len(ids)} are there")
-    if len(data) == 4 * count:
-        return ids, NO_EXTRA
     try:
         extra = _EXTRA.decode(data[4 * count :])
     except journal.MALFORMED as error:
@@ -355,13 +355,11 @@ def _is_score(score: Score) -> bool:
     return len(score.ids) == len(score.values) and len(score.ids) > 0 and len(score.ids) % 4 == 0
 
 
-def unpack_ids(data: bytes | memoryview) -> list[int]:
+def unpack_ids(data: bytes) -> list[int]:
     """Token ids from int32; ProtocolError where the bytes are not whole numbers."""
     if len(data) % 4:
         raise ProtocolError("token ids are not whole int32 numbers")
-    ids = array("i")
-    ids.frombytes(bytes(data))
-    return ids.tolist()
+    return memoryview(data).cast("i").tolist()
 
 
 def check_ids(ids: Iterable[int], vocab_size: int) -> None:
@@ -371,16 +369,16 @@ def check_ids(ids: Iterable[int], vocab_size: int) -> None:
             raise ProtocolError(f"token {token} is none of the {vocab_size} there are")
 
 
-def unpack_offered(data: bytes | memoryview, count: int) -> tuple[bytes, list[int]]:
+def unpack_offered(data: bytes, count: int) -> tuple[bytes, list[int]]:
     """The permit for `count` blocks and their checksums (uint64); ProtocolError where the bytes are not that."""
     if len(data) != PERMIT_BYTES + 8 * count:
         raise ProtocolError(f"a permit and {count} checksums are announced, {len(data)} bytes are there")
     sums = array("Q")
-    sums.frombytes(bytes(data[PERMIT_BYTES:]))
-    return bytes(data[:PERMIT_BYTES]), sums.tolist()
+    sums.frombytes(data[PERMIT_BYTES:])
+    return data[:PERMIT_BYTES], sums.tolist()
 
 
-def unpack_published(data: bytes | memoryview, count: int) -> tuple[bytes, list[int], list[int]]:
+def unpack_published(data: bytes, count: int) -> tuple[bytes, list[int], list[int]]:
     """The same, and the token ids behind it."""
     end = PERMIT_BYTES + 8 * count
     return *unpack_offered(data[:end], count), unpack_ids(data[end:])

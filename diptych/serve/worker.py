@@ -5,6 +5,7 @@ process (`worker_process.py`: sockets, threads) and in one process for tests and
 responsible for waiting, nor for any decision.
 """
 
+import logging
 from array import array
 from collections.abc import Callable
 from dataclasses import replace
@@ -46,10 +47,14 @@ from diptych.policy.worker import Worker
 from diptych.serve.account import STALL_S, Accounts, cause_of
 from diptych.serve.attached import Attached
 from diptych.serve.held import Held, check_published, check_replicated
+from diptych.serve.logs import about
 from diptych.serve.permits import Permits
+from diptych.serve.traffic import Traffic
 from diptych.serve.wire import Extra, pack_emit, pack_ids, unpack_published, unpack_ticket
 from diptych.serve.worker_ports import Ports, ToPeer
 from diptych.transfer.seam import Plan, Stats
+
+log = logging.getLogger(__name__)
 
 
 class WorkerDriver:
@@ -69,11 +74,7 @@ class WorkerDriver:
         self.num_steps = 0
         self._last_step: float | None = None  # when one was last done
         self._computing: float | None = None  # since when the executor computes the oldest step in flight
-        self.num_kv_bytes = self.num_transfers = self.num_failed = 0
-        self.kv_seconds = 0.0
-        self.num_wire_bytes = 0  # of KV, as it travelled
-        self.codecs: dict[str, int] = {}  # reads by codec
-        self.links: dict[str, dict[str, Any]] = {}  # the last read from each peer
+        self.traffic = Traffic()
         self.accounts = Accounts(ports.lane)
         self.resumed = dict.fromkeys(("requests", "prompt_tokens", "written_tokens"), 0)  # computed again, after a loss
         self._ports = ports
@@ -83,7 +84,7 @@ class WorkerDriver:
         self._steps: dict[int, Run] = {}
         self.attached = Attached()
 
-    def told(self, peer: str, event: ToPeer, attachment: bytes | memoryview = b"") -> None:
+    def told(self, peer: str, event: ToPeer, attachment: bytes = b"") -> None:
         """A peer says something. Raises ProtocolError, with nothing changed, where that is none of its business."""
         if event.peer != peer:
             raise ProtocolError(f"{peer} speaks for {event.peer}")
@@ -106,7 +107,7 @@ class WorkerDriver:
         else:
             self.attached.expect_part(event.rid)
 
-    def on(self, event: WorkerEvent, attachment: bytes | memoryview = b"") -> None:
+    def on(self, event: WorkerEvent, attachment: bytes = b"") -> None:
         """Take in an event: hand it to policy, and do what it orders."""
         match event:
             case Place():
@@ -117,12 +118,12 @@ class WorkerDriver:
             case Replicate():
                 self.attached.replicated(event, attachment)
             case Read():
-                self.num_transfers += 1
-                self.num_kv_bytes += event.num_bytes
-                self.kv_seconds += event.elapsed_s
+                self.traffic.read(event)
                 self.accounts.read(self._clock(), event)
-            case ReadFailed():
-                self.num_failed += 1
+            case ReadFailed(pull=pull, why=why):
+                self.traffic.num_failed += 1
+                rid = self.accounts.reading(pull)
+                log.warning("KV could not be read: %s", why, extra=about(self.name_of(rid), rid))
             case Settled(pull=pull):
                 self.accounts.settled(self._clock(), pull)
             case PeerLost(peer=peer):
@@ -133,12 +134,13 @@ class WorkerDriver:
                 coming.enter(self._clock(), "queue")
         self._decide(event)
 
+    def name_of(self, rid: int) -> str:
+        """What log lines call the request of an attempt; "" where it is none of ours (any more)."""
+        return self._held[rid].name if rid in self._held else ""
+
     def travelled(self, rid: int, peer: str, stats: Stats) -> None:
         """How KV that was just read came: for people to see. Policy hears only that it did."""
-        self.num_wire_bytes += stats.wire_bytes or stats.num_bytes
-        self.codecs[stats.codec] = self.codecs.get(stats.codec, 0) + 1
-        bytes_per_s = round(stats.num_bytes / stats.elapsed_s) if stats.elapsed_s else 0
-        self.links[peer] = {"codec": stats.codec, "why": stats.why, "bytes_per_s": bytes_per_s}
+        self.traffic.travelled(peer, stats)
         if rid in self._held:
             self._held[rid].codec, self._held[rid].why = stats.codec, stats.why
 
@@ -254,8 +256,10 @@ class WorkerDriver:
                 if not held.started:
                     held.cached = min(piece.start, held.num_prompt) if held.computes else 0
                     held.note_resumed(piece.start, self.resumed)
-                elif piece.rid not in self.accounts:
-                    self.accounts.note(piece.rid, len(held.tokens) - held.num_prompt, "preempted")
+                else:
+                    log.info("preempted: its memory went to an older request", extra=about(held.name, piece.rid))
+                    if piece.rid not in self.accounts:
+                        self.accounts.note(piece.rid, len(held.tokens) - held.num_prompt, "preempted")
                 held.started = True
 
     def _emitted(self, held: Held, order: Emit) -> bytes:
@@ -273,7 +277,7 @@ class WorkerDriver:
         """Send a peer what is for it; it hears our name in place of its own."""
         self._ports.tell(order.peer, replace(order, peer=self.policy.spec.name), attachment)
 
-    def _placed(self, place: Place, attachment: bytes | memoryview) -> Place:
+    def _placed(self, place: Place, attachment: bytes) -> Place:
         """Take in an attempt; returns it with the hashes of the blocks that earlier attempts filled."""
         ticket = unpack_ticket(attachment)
         tokens = array("i")
@@ -286,22 +290,17 @@ class WorkerDriver:
             parent = written[-1] if written else parent
             place = replace(place, hashes=place.hashes + written)
         computes = place.part != Role.DECODE
+        expects, known = "" if computes else place.peer, len(tokens)
         self._held[place.rid] = Held(
-            tokens,
-            ticket.num_prompt,
-            len(place.hashes),
-            parent,
-            "" if computes else place.peer,
-            array("Q"),
-            computes,
-            len(tokens),
+            tokens, ticket.num_prompt, len(place.hashes), parent, expects, array("Q"), computes, known, name=ticket.name
         )
+        log.debug("placed", extra=about(ticket.name, place.rid, part=str(place.part), peer=place.peer))
         self._ports.admit(place.rid, tokens.tolist(), ticket.num_prompt, ticket.sampling)
         for publish, early in self.attached.claim(place.rid):
             self._published(publish, early)
         return place
 
-    def _published(self, event: Publish, attachment: bytes | memoryview) -> None:
+    def _published(self, event: Publish, attachment: bytes) -> None:
         held = self._held.get(event.rid)
         if held is None:
             self.attached.published(event, attachment)
@@ -319,7 +318,7 @@ class WorkerDriver:
         sums = self._ports.checksum(np.array(order.blocks, np.int32)).tobytes() if order.blocks else b""
         return self.permits.issue(order.rid) + sums
 
-    def _attach(self, event: Publish, data: bytes | memoryview) -> None:
+    def _attach(self, event: Publish, data: bytes) -> None:
         held = self._held[event.rid]
         held.permit, sums, first = unpack_published(data, len(event.blocks))
         held.checksums.extend(sums)
@@ -349,13 +348,13 @@ class WorkerDriver:
             "steps": self.num_steps,
             "last_step_s": computed,
             "journal_lost": lost,
-            "kv": moved(self),
+            "kv": self.traffic.state() | {"moved": self.accounts.totals()},
         }
 
 
 def forget_peer(driver: WorkerDriver, peer: str) -> None:
     """It is gone, or out of reach: nothing is kept under its name."""
-    driver.links.pop(peer, None)
+    driver.traffic.links.pop(peer, None)
     driver.accounts.forget_peer(peer)
     driver.attached.forget_peer(peer)
 
@@ -377,18 +376,4 @@ def shown(policy: Worker) -> dict[str, Any]:
             "expected": policy.sink.num_expected,
             "kept": len(policy.keep),
         },
-    }
-
-
-def moved(driver: WorkerDriver) -> dict[str, Any]:
-    """KV that came here, in all."""
-    return {
-        "bytes": driver.num_kv_bytes,
-        "seconds": driver.kv_seconds,
-        "transfers": driver.num_transfers,
-        "failed": driver.num_failed,
-        "wire_bytes": driver.num_wire_bytes,
-        "codecs": driver.codecs,
-        "links": driver.links,
-        "moved": driver.accounts.totals(),
     }

@@ -71,7 +71,7 @@ class WorkerProcess:
         folder = orders.cluster.journal
         self._journal = Journal(Path(folder), spec.name, orders.incarnation, spec) if folder else None
         self._driver = WorkerDriver(parts.policy, self, Clock(), self._journal, parts.card.vocab_size)
-        self._compute = ComputeThread(parts.executor, spec.depth, self._ran)
+        self._compute = ComputeThread(parts.executor, spec.depth, self._ran, self._driver.name_of)
         self._transport = kv_transport(orders)
         self._hello = Hello("peer", self._name, orders.incarnation)
         self._peers = Peers(
@@ -171,7 +171,7 @@ class WorkerProcess:
         channel.heard = self._heard_router
         channel.lost = lambda why: self._end(1, f"the router is gone: {why}")
 
-    def _heard_router(self, message: Any, attachment: memoryview) -> None:
+    def _heard_router(self, message: Any, attachment: bytes) -> None:
         match message:
             case Place() | Cancel() | Drain():
                 self._on(message, attachment)
@@ -253,7 +253,6 @@ class WorkerProcess:
             self._on(Read(pull, stats.num_bytes, stats.elapsed_s))
         except TransferError as error:
             if pull not in self._cancelled:
-                log.warning("read %d failed: %s", pull, error)
                 self._on(ReadFailed(pull, str(error)))
             await transfer.settled
             self._on(Settled(pull))
@@ -263,11 +262,11 @@ class WorkerProcess:
 
     # --- events in -----------------------------------------------------------------------------------------------
 
-    def _on(self, event: Any, attachment: bytes | memoryview = b"") -> None:
+    def _on(self, event: Any, attachment: bytes = b"") -> None:
         self._driver.on(event, attachment)
         self._set_timer()
 
-    def _told(self, peer: str, event: Any, attachment: memoryview) -> None:
+    def _told(self, peer: str, event: Any, attachment: bytes) -> None:
         self._driver.told(peer, event, attachment)
         self._set_timer()
 
