@@ -79,8 +79,17 @@ class Texts:
         return tuple(bytes([text, i]) for i in range(num_tokens // self.size))
 
 
+class Unkept(dict[Any, Any]):
+    """Stands for books on which no decision depends, and in which two states would differ."""
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        pass
+
+
 class Unrecorded:
     """Stands for the records of requests, on which no decision depends: hears everything and keeps nothing."""
+
+    name = ""
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
@@ -427,6 +436,7 @@ class Front:
     def __init__(self, spec: RouterSpec, cluster: Sequence[WorkerSpec], texts: Texts):
         self.gate = _Gate(texts)
         self.driver = RouterDriver(Router(spec), self.gate, _midnight, None, records=Unrecorded())  # type: ignore[arg-type]
+        self.driver.moved = Unkept()
         self._cluster = tuple(cluster)
         self._texts = texts
 

@@ -51,8 +51,8 @@ def settle_at_cancel(sink: Sink, *args: Any) -> list[WorkerOrder]:
     return orders
 
 
-def drop_at_once(sink: Sink, coming: Incoming, now: float, drop: bool) -> list[WorkerOrder]:
-    orders = forget(sink, coming, now, drop)
+def drop_at_once(sink: Sink, coming: Incoming, now: float, drop: bool, kept: bool = False) -> list[WorkerOrder]:
+    orders = forget(sink, coming, now, drop, kept)
     return [*orders, *sink._count_down(coming.seq.rid)]
 
 
@@ -113,7 +113,7 @@ MUTATIONS: dict[str, tuple[str, list[Patch], str]] = {
     "no epoch": (
         "restart",
         [(RequestView, "rid", property(first_attempt))],
-        "no step from",
+        "KeyError",
     ),
     "decode without Answer": ("one", [(Worker, "on", go_on_unasked)], "goes on with what it read"),
     "Done before the last read": (

@@ -166,10 +166,60 @@ def test_what_fits_nowhere_gets_400_and_says_why() -> None:
         assert isinstance(reject, Reject) and reject.status == 400 and "1601 tokens" in reject.why
 
 
-@pytest.mark.parametrize("workers", ["", "p", "d", "pp"])
-def test_without_a_worker_or_a_pair_503(workers: str) -> None:
-    (reject,) = submit(router(workers), 1)
+def test_without_a_worker_503() -> None:
+    (reject,) = submit(router(""), 1)
     assert isinstance(reject, Reject) and reject.status == 503
+
+
+@pytest.mark.parametrize("workers", ["p", "d", "pp", "dd"])
+def test_without_a_pair_whoever_is_up_does_both_parts(workers: str) -> None:
+    made = router(workers)
+    assert not made.num_paths() and made.serves()
+    assert places(submit(made, 1)) == [(f"{workers[0]}0", attempt_id(1, 0), Role.MIXED, "")]
+    (reject,) = submit(made, 2, num_prompt=10_000)
+    assert isinstance(reject, Reject) and reject.status == 503
+
+
+def test_who_keeps_its_kv_goes_on_alone_where_nobody_else_decodes() -> None:
+    made = router("ppd")
+    submit(made, 1)
+    made.on(0.0, Progress(attempt_id(1, 0)))
+    made.on(0.0, Finish(attempt_id(1, 0), "p0", Reason.HANDED_OVER))
+    orders = made.on(0.0, WorkerLost("d2", ((attempt_id(1, 0), 9),)))
+    assert places(orders) == [("p0", attempt_id(1, 1), Role.MIXED, "")]
+    made.on(0.0, Finish(attempt_id(1, 1), "p0", Reason.LENGTH))
+    assert made.num["finished"] == 1 and made.workers["p0"].num_requests == made.workers["p0"].held_tokens == 0
+
+
+def test_an_answer_that_outgrew_the_prefill_workers_goes_on_where_it_fits() -> None:
+    """A prompt of 36 tokens fits there; with 30 tokens of its answer it does not, and a decode worker holds it all."""
+    made = Router()
+    for name, role, num_blocks in (("p0", Role.PREFILL, 3), ("d0", Role.DECODE, 64), ("d1", Role.DECODE, 64)):
+        made.on(0.0, WorkerUp(name, 0, role, num_blocks, 16))
+    made.on(0.0, Submitted(1, 36, 100, ()))
+    made.on(0.0, Progress(attempt_id(1, 0)))
+    made.on(0.0, Finish(attempt_id(1, 0), "p0", Reason.HANDED_OVER))
+    lost, other = ("d0", "d1") if made.requests[1].decode == "d0" else ("d1", "d0")
+    orders = made.on(9.0, WorkerLost(lost, ((attempt_id(1, 0), 30),)))
+    assert places(orders) == [(other, attempt_id(1, 1), Role.MIXED, "")]
+
+
+def test_two_deaths_in_a_row_do_not_take_it_from_its_keeper() -> None:
+    """What gave up with a decode worker that died since is no reason to leave who keeps its KV."""
+    made = router("ppddd")
+    submit(made, 1)
+    made.on(0.0, Progress(attempt_id(1, 0)))
+    keeper, first = made.requests[1].keeper, made.requests[1].decode
+    made.on(0.1, Failed(attempt_id(1, 0), keeper, 1, Reason.PEER_LOST))
+    made.on(0.1, WorkerLost(first, ()))
+    made.on(0.2, WorkerUp(first, 1, Role.DECODE, 64, 16))
+    assert made.requests[1].failed == set()
+    second = made.requests[1].decode
+    made.on(0.3, LinkDown(keeper, second))
+    made.on(0.3, Failed(attempt_id(1, 1), second, 5, Reason.PEER_LOST))
+    assert made.requests[1].failed == {(keeper, second)} and made.requests[1].keeper == keeper
+    made.on(0.4, LinkUp(keeper, second))
+    assert made.requests[1].failed == set()
 
 
 # --- going on --------------------------------------------------------------------------------------------------------
@@ -233,8 +283,9 @@ def test_a_prefill_worker_lost_after_the_first_token_is_the_decode_sides_affair(
     made.on(0.0, Progress(attempt_id(1, 0)))
     assert made.on(0.0, WorkerLost("p0", ((attempt_id(1, 0), 1),))) == []
     submit(made, 2)
-    assert places(made.on(0.0, WorkerLost("p1", ()))) == [], "no prefill worker is left"
-    assert made.num["failed"] == 1 and list(made.requests) == [1]
+    orders = made.on(0.0, WorkerLost("p1", ()))
+    assert places(orders) == [("d2", attempt_id(2, 1), Role.MIXED, "")], "no prefill worker is left"
+    assert made.num["failed"] == 0 and list(made.requests) == [1, 2]
 
 
 def test_an_answer_that_ends_with_its_first_token_is_called_off_at_the_decode_side() -> None:
@@ -271,8 +322,7 @@ def test_a_pair_without_a_connection_gets_nothing() -> None:
     made.on(0.0, LinkDown("d2", "p0"))
     assert [places(submit(made, i))[1][0] for i in (1, 2)] == ["p1", "p1"] and made.num_paths() == 1
     made.on(0.0, LinkDown("p1", "d2"))
-    (reject,) = submit(made, 3)
-    assert isinstance(reject, Reject) and reject.status == 503
+    assert [part for _, _, part, _ in places(submit(made, 3))] == [Role.MIXED], "one of them alone"
     made.on(0.0, LinkUp("d2", "p0"))
     assert places(submit(made, 4))[1][0] == "p0"
 

@@ -456,7 +456,7 @@ def test_a_failed_read_is_computed_here_once_everything_is_known() -> None:
     assert stage.hears(ReadFailed(1, "checksum")) == [CancelPull(1)]
     assert stage.hears(Settled(1)) == []
     orders = stage.hears(REST)
-    assert orders[0] == Drop("p", 1) and slices(orders) == [(1, 0, 8)]
+    assert orders[0] == Drop("p", 1, kept=True) and slices(orders) == [(1, 0, 8)]
     assert slices(stage.step()) == [(1, 8, 7)], "fourteen of the prompt and the first token"
     assert stage.step()[0] == Emit(1, 1, 1)
 

@@ -106,6 +106,18 @@ class Keep:
             self._start_lease(kept, now)
         return orders
 
+    def wait(self, rid: int) -> None:
+        """A later attempt has come for what is kept of its request: no lease ends before it had its turn."""
+        kept = self._kept.get(request_of(rid))
+        if kept is not None and kept.rid < rid:
+            kept.until = inf
+
+    def wait_no_more(self, rid: int, now: float) -> None:
+        """That attempt is over, and did not take it."""
+        kept = self._kept.get(request_of(rid))
+        if kept is not None and kept.rid < rid and kept.until == inf:
+            self._start_lease(kept, now)
+
     def tail(self, rid: int, num_known: int) -> tuple[int, int] | None:
         """The block behind that many known full ones, and the tokens whose KV is there with it."""
         kept = self._kept.get(request_of(rid))

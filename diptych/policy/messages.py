@@ -260,10 +260,14 @@ class Revoke:
 
 @dataclass(frozen=True, slots=True)
 class Drop:
-    """Decode side: I do not read this (any more)."""
+    """Decode side: I do not read this (any more). `kept`: I compute it myself, so keep it until `Release`.
+
+    Prefill side: I want no more of what you let me replicate.
+    """
 
     peer: str
     rid: int
+    kept: bool = False
 
 
 @dataclass(frozen=True, slots=True)

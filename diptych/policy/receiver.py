@@ -100,7 +100,7 @@ class Receiver:
         if coming is None or (event.ok and not coming.asked):
             return  # nobody asked
         if event.ok:
-            coming.seq.keeper = event.peer
+            self._follow(coming.seq, event.peer)
             self._accept(now, coming)
         elif coming.final:
             self._orders += self._sink.give_up(coming, now)
@@ -110,18 +110,23 @@ class Receiver:
 
     def _accept(self, now: float, coming: Incoming) -> None:
         seq = self._sink.accept(coming.seq.rid, now)
-        if seq.keeper and self._replicate:
-            seq.copied = seq.num_tokens // self._memory.pool.block_size
         seq.arrived()
         self._memory.seal(seq)
         seq.life.climb(Rung.DECODING, now)
         self._memory.start(seq)
 
+    def _follow(self, seq: Sequence, keeper: str) -> None:
+        """Its source keeps the prompt's KV, and may have the answer's as it grows."""
+        seq.keeper = keeper
+        seq.copied = seq.num_tokens // self._memory.pool.block_size if self._replicate else None
+
     def _recompute(self, now: float, coming: Incoming, drop: bool) -> None:
-        """Its KV could not be read: compute it here, from the tokens, which the driver has."""
+        """Its KV could not be read: compute it here, from the tokens, which the driver has. drop: its source lives."""
         seq = coming.seq
         self._memory.unclaim(coming)
-        self._orders += self._sink.forget(coming, now, drop)
+        self._orders += self._sink.forget(coming, now, drop, kept=drop)
+        if drop:
+            self._follow(seq, seq.peer)
         seq.arrived()
         seq.restart()
         seq.life.climb(Rung.QUEUED, now)
@@ -129,7 +134,7 @@ class Receiver:
 
     def revoked(self, now: float, event: Revoke) -> None:
         """The source asks that reading stop; it hears Drop when it has."""
-        self._sink.ignore(event.rid)
+        self._sink.ignore(event.rid, event.peer)
         coming = self._sink.get(event.rid)
         if coming is None:
             if not self._sink.settling(event.rid):

@@ -6,11 +6,13 @@ exist, `disaggregates` decides per request.
 
 A request whose worker is lost, or whose pair breaks, is placed anew with the tokens its client already has counted as
 known, on another pair if there is one. Pairs without a connection (`links.py`) and workers that drain (`drains.py`) get
-nothing. Load is the router's own book-keeping of what it placed, so that nothing has to be reported per step.
+nothing. Where no pair is up, whoever is up does both parts. Load is the router's own book-keeping of what it placed, so
+that nothing has to be reported per step.
 
 Not responsible for queues on workers, for moving KV, or for knowing any text.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -93,6 +95,7 @@ class Router:
                 self.links.down(worker, peer)
             case LinkUp(worker=worker, peer=peer):
                 self.links.up(worker, peer)
+                self._forgive(lambda pair: {worker, peer} == set(pair))
             case LinkMeasured():
                 self.handovers.measured(event)
             case Drain(worker=worker) if worker in self.workers:
@@ -114,6 +117,10 @@ class Router:
         """Ways a new request can go: mixed workers, and connected pairs of a prefill and a decode worker."""
         prefills, decodes = self._able((Role.PREFILL,)), self._able((Role.DECODE,))
         return len(self._able((Role.MIXED,))) + sum(self.links.stand(p.name, d.name) for p in prefills for d in decodes)
+
+    def serves(self) -> bool:
+        """New requests are taken, if only by workers that stand in for others."""
+        return bool(self._able(tuple(Role)))
 
     def needs(self, worker: str) -> bool:
         """No other worker of its kind would take new requests if this one did not."""
@@ -153,6 +160,9 @@ class Router:
             self._send(request, num_tokens, decode, Role.DECODE, prefill)
             self._send(request, num_tokens, prefill, Role.PREFILL, decode)
             self._charge(now, request, prefill, decode, num_tokens)
+        elif writes and (stand_in := self._stand_in(request, need)):
+            self._send(request, num_tokens, stand_in, Role.MIXED, None)
+            self._charge(now, request, stand_in, stand_in, num_tokens)
         elif self.num_paths():
             status = 503 if request.attempt else 400  # it did fit once: what is left of the cluster is too small
             self._reject(
@@ -160,6 +170,17 @@ class Router:
             )
         else:
             self._reject(now, request, 503, "no worker is up; try again later")
+
+    def _stand_in(self, request: RequestView, need: int) -> WorkerView | None:
+        """Where no pair can take it: a prefill or a decode worker that does both parts, the keeper of its KV first.
+
+        An answer that has begun is not given up as long as anybody can hold it; a new request is taken so where nobody
+        else is up.
+        """
+        if request.attempt == 0 and self.num_paths():
+            return None
+        able = self._able((Role.PREFILL, Role.DECODE), need)
+        return self._pick(request, [view for view in able if view.name == request.keeper] or able)
 
     def _able(self, roles: tuple[Role, ...], num_tokens: int = 0) -> list[WorkerView]:
         """Who may be given a request of that size."""
@@ -290,6 +311,7 @@ class Router:
         self.links.forget(event.worker)
         self.handovers.forget(event.worker)
         self.drains.forget(event.worker)
+        self._forgive(lambda pair: event.worker in pair)  # whoever comes under that name has failed nobody
         emitted = dict(event.emitted)
         for request in list(self.requests.values()):
             if request.keeper == event.worker:
@@ -310,6 +332,12 @@ class Router:
             request.life.climb(Rung.RESUMING, now)
             self._place(now, request, request.submitted.num_prompt + num_emitted)
         self._orders += cancels
+
+    def _forgive(self, whom: Callable[[tuple[str, str]], bool]) -> None:
+        """What went wrong between these is over."""
+        for request in self.requests.values():
+            if request.failed:
+                request.failed = {pair for pair in request.failed if not whom(pair)}
 
     # --- book-keeping --------------------------------------------------------------------------------------------
 

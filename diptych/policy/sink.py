@@ -9,7 +9,7 @@ Not responsible for running a sequence once it is here (`worker.py`).
 """
 
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count
 
 from diptych.policy.blocks import BlockPool
@@ -67,7 +67,7 @@ class Sink:
         self._beat_s = lease_s / 3
         self._incoming: dict[int, Incoming] = {}
         self._reads: dict[int, Reading] = {}
-        self._unread: dict[int, tuple[str, int]] = {}  # rid -> peer to send Drop to, reads left; when none is left
+        self._unread: dict[int, tuple[Drop, int]] = {}  # rid -> what to say when no read is left, and how many are
         self._next_beat: float | None = None
         self._lease_s = lease_s
         self._early: dict[int, list[Publish]] = {}  # a peer spoke of it before our own Place came
@@ -108,9 +108,11 @@ class Sink:
         self._early_until.append((now + self._lease_s, event.rid))
         return self._decline_oldest() if len(self._early_until) > MAX_EARLY else []
 
-    def ignore(self, rid: int) -> None:
-        """What a peer said of it too early is of no interest any more."""
-        self._early.pop(rid, None)
+    def ignore(self, rid: int, peer: str = "") -> None:
+        """What was said of it too early, by one peer or by anybody, is of no interest any more."""
+        left = [event for event in self._early.pop(rid, []) if peer and event.peer != peer]
+        if left:
+            self._early[rid] = left
 
     def decline(self, now: float) -> list[WorkerOrder]:
         """Tell the sources of what nobody claimed for a lease that nobody reads it."""
@@ -201,17 +203,17 @@ class Sink:
         """Take its memory for an older request; the source still holds its KV, so it only reads again later."""
         return self._let_go(coming, now, Stage.OFFERED)
 
-    def forget(self, coming: Incoming, now: float, drop: bool) -> list[WorkerOrder]:
-        """It is wanted no more. With `drop` the source is told, when nothing reads from it any more."""
+    def forget(self, coming: Incoming, now: float, drop: bool, kept: bool = False) -> list[WorkerOrder]:
+        """It is read no more. With `drop` the source is told so (and `kept`), when nothing reads from it any more."""
         orders = [] if coming.broken else self._let_go(coming, now, Stage.FAILED)
         del self._incoming[coming.seq.rid]
         if not drop:
             return orders
         left = sum(reading.rid == coming.seq.rid for reading in self._reads.values())
         if left:
-            self._unread[coming.seq.rid] = (coming.seq.peer, left)
+            self._unread[coming.seq.rid] = (Drop(coming.seq.peer, coming.seq.rid, kept), left)
             return orders
-        return [*orders, Drop(coming.seq.peer, coming.seq.rid)]
+        return [*orders, Drop(coming.seq.peer, coming.seq.rid, kept)]
 
     def accept(self, rid: int, now: float) -> Sequence:
         """It is all here and ours."""
@@ -225,6 +227,13 @@ class Sink:
             return []
         coming.asked = True
         return [Done(coming.seq.peer, coming.seq.rid)]
+
+    def release(self, rid: int) -> bool:
+        """What is kept of it is not wanted any more: if its Drop is still to be said, that will say so."""
+        drop, left = self._unread.get(rid, (None, 0))
+        if drop is not None:
+            self._unread[rid] = (replace(drop, kept=False), left)
+        return drop is not None
 
     def settling(self, rid: int) -> bool:
         """It is wanted no more, but reads of it may still touch memory; the source hears Drop after the last."""
@@ -246,8 +255,8 @@ class Sink:
         wanted: dict[str, list[int]] = {}
         for rid, coming in self._incoming.items():
             wanted.setdefault(coming.seq.peer, []).append(rid)
-        for rid, (peer, _) in self._unread.items():
-            wanted.setdefault(peer, []).append(rid)
+        for rid, (drop, _) in self._unread.items():
+            wanted.setdefault(drop.peer, []).append(rid)
         self._next_beat = now + self._beat_s if wanted else None
         return [Beat(peer, tuple(rids)) for peer, rids in wanted.items()]
 
@@ -271,11 +280,10 @@ class Sink:
         return orders
 
     def _count_down(self, rid: int) -> list[WorkerOrder]:
-        peer, left = self._unread.get(rid, ("", 0))
-        if not peer:
+        if rid not in self._unread:
             return []
+        drop, left = self._unread.pop(rid)
         if left > 1:
-            self._unread[rid] = (peer, left - 1)
+            self._unread[rid] = (drop, left - 1)
             return []
-        del self._unread[rid]
-        return [Drop(peer, rid)]
+        return [drop]

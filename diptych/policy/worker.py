@@ -100,8 +100,8 @@ class Worker:
                 self._done(now, event)
             case Answer():
                 self.receiver.answered(now, event)
-            case Drop(rid=rid):
-                self._dropped(now, rid)
+            case Drop():
+                self._dropped(now, event)
             case Replicate():
                 self._orders += self.keep.replicate(event)
             case Replicated():
@@ -171,6 +171,7 @@ class Worker:
         elif place.part == Role.DECODE:
             self.receiver.expect(seq, now)
         else:
+            self.keep.wait(place.rid)
             earlier = self._earlier(now, place)
             if earlier is None:
                 self.memory.queue(seq)
@@ -256,13 +257,14 @@ class Worker:
             if rid not in self.source and rid not in self.seqs:
                 self._orders.append(Answer(event.peer, rid, False))
 
-    def _dropped(self, now: float, rid: int) -> None:
-        seq = self.source.drop(rid)
+    def _dropped(self, now: float, event: Drop) -> None:
+        seq = self.source.drop(event.rid)
         if seq is not None:
             self._unfence(now, seq, Reason.HANDED_OVER if seq.life.at == Rung.HANDOVER else Reason.CANCELLED)
         else:
-            self._copy_no_more(rid)
-        self._orders += self.keep.release(rid)
+            self._copy_no_more(event.rid)
+        if not event.kept:
+            self._orders += self.keep.release(event.rid)
 
     def _copy_no_more(self, rid: int) -> None:
         """Its keeper wants no more of it."""
@@ -312,7 +314,7 @@ class Worker:
             seq.ended = reason
             seq.life.climb(_LAST.get(reason, Rung.FAILED), now)
             self._orders.append(Finish(seq.rid, self.spec.name, reason, seq.life.durations()))
-            if seq.keeper and reason in _LAST:
+            if seq.keeper and reason in _LAST and not self.sink.release(seq.rid):
                 self._orders.append(Release(seq.keeper, seq.rid))
         if seq.inflight == 0:
             self._let_go(now, seq)
@@ -334,6 +336,8 @@ class Worker:
         successor = self._successors.pop(seq.rid, None)
         if seq.offers and seq.blocks and (successor is not None or seq.ended in _KEPT):
             self._orders += self.keep.take(seq, now, orphan=seq.ended != Reason.HANDED_OVER)
+        else:
+            self.keep.wait_no_more(seq.rid, now)
         self.memory.release(seq)
         if successor is not None and successor.ended is None:
             self.memory.queue(successor)

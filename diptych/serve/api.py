@@ -214,7 +214,7 @@ class Api:
             well, details = await self._ask(self.frontend.health())
         except DiptychError as error:
             well, details = False, {"why": str(error)}
-        status = "unhealthy" if not well else "degraded" if details.get("silent") else "ok"
+        status = "unhealthy" if not well else "degraded" if details.get("silent") or details.get("paths") == 0 else "ok"
         return _json({"status": status, **details}, 200 if well else 503)
 
     async def workers(self, request: Request) -> Response:

@@ -2,7 +2,8 @@
 
 A pair is silent where it has had work for long, no token of any request has come from it since, and it is not busy with
 a prompt, which gives no token for a while, but steps. One such pair beside others that answer makes the cluster
-`degraded`; where nobody answers who was asked, or nobody could be, it is not healthy.
+`degraded`, as does a cluster without a pair whose workers stand in for each other; where nobody answers who was asked,
+or nobody could be, it is not healthy.
 
 Not responsible for asking workers (`router_process.py`), nor for giving up those that hang (`liveness.py`).
 """
@@ -22,7 +23,7 @@ def report(driver: RouterDriver, now: float, rows: Iterable[Mapping[str, Any]]) 
     asked = _asked(driver)
     silent = [_told(now, since, group) for group, since in _silent(driver, now, asked, steps_s).items()]
     return {
-        "healthy": paths > 0 and (not asked or len(silent) < len(asked)),
+        "healthy": driver.policy.serves() and (not asked or len(silent) < len(asked)),
         "paths": paths,
         "requests": driver.num_open,
         "last_token_s": round(token_s, 3),

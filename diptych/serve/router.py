@@ -171,7 +171,8 @@ class RouterDriver:
 
     def worker_lost(self, worker: str) -> None:
         """A worker is gone."""
-        self.moved = {holders: at for holders, at in self.moved.items() if worker not in holders}
+        for holders in [holders for holders in self.moved if worker in holders]:
+            del self.moved[holders]
         emitted = tuple((open_.rid, open_.num_written) for open_ in self._open.values() if open_.rid >= 0)
         for open_ in self._open.values():
             if open_.keeper == worker:
