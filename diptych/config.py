@@ -27,8 +27,8 @@ from diptych.engine.paced import PacedModel
 from diptych.errors import ConfigError
 from diptych.linkrates import LinkRates, LinkRule, parse_rate
 from diptych.policy.batching import WorkerSpec
+from diptych.policy.books import RouterSpec
 from diptych.policy.messages import Role
-from diptych.policy.router import RouterSpec
 from diptych.units import parse_bytes
 
 _KEY_VARIABLES = {"api_key": "DIPTYCH_API_KEY", "cluster_key": "DIPTYCH_CLUSTER_KEY"}

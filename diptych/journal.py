@@ -24,8 +24,8 @@ import msgspec
 from diptych.errors import ConfigError, ProtocolError
 from diptych.policy import membership, messages, retention
 from diptych.policy.batching import WorkerSpec
+from diptych.policy.books import RouterSpec
 from diptych.policy.messages import Message
-from diptych.policy.router import RouterSpec
 
 MAX_FRAME_BYTES = 64 << 20
 MAX_CODE = 0x7F

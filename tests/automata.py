@@ -20,6 +20,7 @@ from diptych.engine.executor import Sampling
 from diptych.policy import messages
 from diptych.policy.batching import WorkerSpec
 from diptych.policy.blocks import State
+from diptych.policy.books import RouterSpec
 from diptych.policy.ladder import Ladder, Rung
 from diptych.policy.messages import (
     Answer,
@@ -39,7 +40,7 @@ from diptych.policy.messages import (
     WorkerUp,
     request_of,
 )
-from diptych.policy.router import Router, RouterSpec
+from diptych.policy.router import Router
 from diptych.policy.worker import Worker
 from diptych.serve.router import RouterDriver
 from diptych.serve.wire import Deliver, Ticket

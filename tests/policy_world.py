@@ -16,6 +16,7 @@ from typing import Any
 
 from diptych.policy.batching import WorkerSpec
 from diptych.policy.blocks import State
+from diptych.policy.books import RouterSpec
 from diptych.policy.messages import (
     CancelPull,
     Emit,
@@ -31,7 +32,6 @@ from diptych.policy.messages import (
     Tick,
     request_of,
 )
-from diptych.policy.router import RouterSpec
 from diptych.policy.worker import Worker
 from diptych.sim.conditions import ClientGone, Happening, LinkBreaks, Rough, WorkerDies, WorkerDrains, WorkerJoins
 from diptych.sim.costs import Costs, Link, StepCost

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 from automata import Access, Gone, Lost, Opening, Reading, Said, Step, Texts, Violation, front, law, station
 
 from diptych.policy.batching import WorkerSpec
+from diptych.policy.books import RouterSpec
 from diptych.policy.messages import (
     Beat,
     CancelPull,
@@ -34,7 +35,6 @@ from diptych.policy.messages import (
     Tick,
     WorkerUp,
 )  # fmt: skip
-from diptych.policy.router import RouterSpec
 
 GARBAGE = -1
 ROUTER = -1

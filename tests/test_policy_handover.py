@@ -4,10 +4,11 @@ import pytest
 
 from diptych.linkrates import LinkRates, LinkRule
 from diptych.policy.batching import WorkerSpec
+from diptych.policy.books import RouterSpec
 from diptych.policy.handover import AGAIN_S, MIN_BYTES, Handovers, Meter
 from diptych.policy.membership import LinkMeasured
 from diptych.policy.messages import Place, Progress, Role, Submitted, WorkerLost, WorkerUp, attempt_id
-from diptych.policy.router import Router, RouterSpec
+from diptych.policy.router import Router
 from diptych.sim.costs import Costs, Link, StepCost
 from diptych.sim.driver import simulate
 from diptych.sim.workload import Arrival

@@ -12,6 +12,7 @@ from automata import Station, Step, Texts, clone
 from explore import SCOPES, explore, spec
 
 from diptych.policy.blocks import BlockPool, State
+from diptych.policy.books import RequestView
 from diptych.policy.copies import Copies
 from diptych.policy.keep import Keep, Kept
 from diptych.policy.messages import (
@@ -26,7 +27,6 @@ from diptych.policy.messages import (
     WorkerOrder,
     attempt_id,
 )
-from diptych.policy.router import RequestView
 from diptych.policy.sequence import Sequence
 from diptych.policy.sink import Incoming, Sink
 from diptych.policy.source import Source

@@ -7,7 +7,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from diptych.policy.books import PolicyName
+from diptych.policy.books import PolicyName, RouterSpec
 from diptych.policy.membership import Dismiss, Drain, Drained, LinkDown, LinkUp
 from diptych.policy.messages import (
     MAX_ATTEMPTS,
@@ -28,7 +28,7 @@ from diptych.policy.messages import (
     attempt_id,
     request_of,
 )
-from diptych.policy.router import Router, RouterSpec
+from diptych.policy.router import Router
 
 HASHES = tuple(bytes([i]) for i in range(8))
 

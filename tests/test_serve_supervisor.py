@@ -1,6 +1,7 @@
 """Which workers are started again, when, and which are not."""
 
 import signal
+import os
 import subprocess
 import sys
 import time
@@ -21,6 +22,7 @@ def ended(status: int, folder: Path, was_up: bool, age_s: float = 2 * SOON_S) ->
     child.up = folder / "up"
     if was_up:
         child.up.touch()
+        os.utime(child.up, (time.time() - age_s,) * 2)  # it was up for so long
     return child
 
 

@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 from policy_world import Pick, World, check_empty, draw_squeezed_world, draw_world, run_world
 
 from diptych.policy.batching import WorkerSpec
+from diptych.policy.books import RouterSpec
 from diptych.policy.messages import Emit, Message, Role, Run, StepDone
-from diptych.policy.router import Router, RouterSpec
+from diptych.policy.router import Router
 from diptych.policy.worker import Worker
 from diptych.sim.conditions import Calm, WorkerJoins
 from diptych.sim.costs import Costs, Link, StepCost

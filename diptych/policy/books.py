@@ -16,6 +16,20 @@ from diptych.policy.messages import Role, Submitted, attempt_id
 PolicyName = Literal["round-robin", "least-loaded", "prefix-aware"]
 
 
+@dataclass(frozen=True, slots=True)
+class RouterSpec:
+    """policy: how workers are scored. max_requests: in flight at most; more are refused with 429.
+
+    disaggregate_above: in a mixture, prompts with more uncached tokens than this go to a pair. max_queued_tokens: most
+    prompt tokens that wait to be computed; a prompt that would exceed it, and is not alone, is refused with 429.
+    """
+
+    policy: PolicyName = "prefix-aware"
+    max_requests: int = 4096
+    disaggregate_above: int = 256
+    max_queued_tokens: int | None = None
+
+
 @dataclass(slots=True)
 class WorkerView:
     """What the router knows of a worker, and has given it to do."""

@@ -1,26 +1,21 @@
 """The router's every decision: who is admitted, and which worker, or pair of workers, gets a request.
 
-filter -> score -> pick, for prefill and for decode: candidates that can hold the request, a score for each by the
-chosen policy (round robin, least loaded, prefix-aware), and the lowest score wins. Where both mixed workers and pairs
-exist, `disaggregates` decides per request.
-
 A request whose worker is lost, or whose pair breaks, is placed anew with the tokens its client already has counted as
 known, on another pair if there is one. Pairs without a connection (`links.py`) and workers that drain (`drains.py`) get
 nothing. Where no pair is up, whoever is up does both parts. Load is the router's own book-keeping of what it placed, so
 that nothing has to be reported per step.
 
-Not responsible for queues on workers, for moving KV, or for knowing any text.
+Not responsible for who is the best choice (`placement.py`), for queues on workers, for moving KV, or for knowing any
+text.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
 
-from diptych.policy.books import SCORES, Pair, PolicyName, RequestView, WorkerView
+from diptych.policy.books import RequestView, RouterSpec, WorkerView
 from diptych.policy.drains import Drains
-from diptych.policy.handover import Candidate, Handovers
+from diptych.policy.handover import Handovers
 from diptych.policy.ladder import REQUEST, Ladder, Rung
-from diptych.policy.links import NONE, Links
+from diptych.policy.links import Links
 from diptych.policy.membership import Dismiss, Drain, Drained, LinkDown, LinkMeasured, LinkUp
 from diptych.policy.messages import (
     MAX_ATTEMPTS,
@@ -42,20 +37,7 @@ from diptych.policy.messages import (
     WorkerUp,
     request_of,
 )
-
-
-@dataclass(frozen=True, slots=True)
-class RouterSpec:
-    """policy: how workers are scored. max_requests: in flight at most; more are refused with 429.
-
-    disaggregate_above: in a mixture, prompts with more uncached tokens than this go to a pair. max_queued_tokens: most
-    prompt tokens that wait to be computed; a prompt that would exceed it, and is not alone, is refused with 429.
-    """
-
-    policy: PolicyName = "prefix-aware"
-    max_requests: int = 4096
-    disaggregate_above: int = 256
-    max_queued_tokens: int | None = None
+from diptych.policy.placement import Placement
 
 
 class Router:
@@ -69,6 +51,7 @@ class Router:
         self.links = Links()
         self.handovers = Handovers()
         self.drains = Drains()
+        self.placement = Placement(self.spec, self.workers, self.links, self.handovers, self.drains)
         self._clock = 0  # counts placements, for ages and for turns
         self._orders: list[RouterOrder] = []
 
@@ -114,17 +97,16 @@ class Router:
         return self.drains.next_deadline()
 
     def num_paths(self) -> int:
-        """Ways a new request can go: mixed workers, and connected pairs of a prefill and a decode worker."""
-        prefills, decodes = self._able((Role.PREFILL,)), self._able((Role.DECODE,))
-        return len(self._able((Role.MIXED,))) + sum(self.links.stand(p.name, d.name) for p in prefills for d in decodes)
+        """Ways a new request can go (`Placement.num_paths`)."""
+        return self.placement.num_paths()
 
     def serves(self) -> bool:
         """New requests are taken, if only by workers that stand in for others."""
-        return bool(self._able(tuple(Role)))
+        return bool(self.placement.able(tuple(Role)))
 
     def needs(self, worker: str) -> bool:
         """No other worker of its kind would take new requests if this one did not."""
-        return not any(view.name != worker for view in self._able((self.workers[worker].role,)))
+        return not any(view.name != worker for view in self.placement.able((self.workers[worker].role,)))
 
     # --- coming in -----------------------------------------------------------------------------------------------
 
@@ -147,11 +129,12 @@ class Router:
         wanted = request.submitted
         need = wanted.num_prompt + wanted.max_new
         writes = wanted.max_new > 0
-        alone = self._pick(request, self._able((Role.MIXED,) if writes else (Role.MIXED, Role.PREFILL), need))
+        choose = self.placement
+        alone = choose.pick(request, choose.able((Role.MIXED,) if writes else (Role.MIXED, Role.PREFILL), need))
         request.ranked = []
-        pair = self._pick_pair(request, num_tokens, need) if writes else None
+        pair = choose.pair(request, num_tokens, need) if writes else None
         kept = pair is not None and pair[0].name == request.keeper
-        if alone and not kept and (not pair or not self._disaggregates(request, alone)):
+        if alone and not kept and (not pair or not choose.disaggregates(request, alone)):
             self._send(request, num_tokens, alone, Role.MIXED if writes else Role.PREFILL, None)
             request.ranked = []
             self._charge(now, request, alone, alone if writes else None, num_tokens)
@@ -160,7 +143,7 @@ class Router:
             self._send(request, num_tokens, decode, Role.DECODE, prefill)
             self._send(request, num_tokens, prefill, Role.PREFILL, decode)
             self._charge(now, request, prefill, decode, num_tokens)
-        elif writes and (stand_in := self._stand_in(request, need)):
+        elif writes and (stand_in := choose.stand_in(request, need)):
             self._send(request, num_tokens, stand_in, Role.MIXED, None)
             self._charge(now, request, stand_in, stand_in, num_tokens)
         elif self.num_paths():
@@ -170,65 +153,6 @@ class Router:
             )
         else:
             self._reject(now, request, 503, "no worker is up; try again later")
-
-    def _stand_in(self, request: RequestView, need: int) -> WorkerView | None:
-        """Where no pair can take it: a prefill or a decode worker that does both parts, the keeper of its KV first.
-
-        An answer that has begun is not given up as long as anybody can hold it; a new request is taken so where nobody
-        else is up.
-        """
-        if request.attempt == 0 and self.num_paths():
-            return None
-        able = self._able((Role.PREFILL, Role.DECODE), need)
-        return self._pick(request, [view for view in able if view.name == request.keeper] or able)
-
-    def _able(self, roles: tuple[Role, ...], num_tokens: int = 0) -> list[WorkerView]:
-        """Who may be given a request of that size."""
-        able = [view for view in self.workers.values() if view.role in roles and view.fits(num_tokens)]
-        return [view for view in able if view.name not in self.drains] if self.drains else able
-
-    def _pick(self, request: RequestView, able: list[WorkerView]) -> WorkerView | None:
-        return min(able, key=lambda view: SCORES[self.spec.policy](view, request), default=None)
-
-    def _pick_pair(self, request: RequestView, num_tokens: int, need: int) -> Pair | None:
-        """The best decode worker that has a prefill worker for it, and the best of those.
-
-        Who keeps its KV is taken before anyone else, and a pair that was not tried yet before one that gave it up.
-        """
-        prefills, decodes = self._able((Role.PREFILL,), num_tokens), self._able((Role.DECODE,), need)
-        keepers = [view for view in prefills if view.name == request.keeper]
-        pick = partial(self._pick_half, request, num_tokens, len(prefills)) if self.handovers.known() else None
-        for able, without in ((keepers, request.failed), (prefills, request.failed), (prefills, NONE)):
-            if pair := self.links.best(able, decodes, pick or (lambda half, _: self._pick(request, half)), without):
-                return pair
-        return None
-
-    def _pick_half(
-        self, request: RequestView, num_tokens: int, num_sources: int, able: list[WorkerView], decode: WorkerView | None
-    ) -> WorkerView | None:
-        """The best prefill worker for a decode worker, or the best of these decode workers: load, and the way there."""
-        if self.spec.policy == "round-robin":
-            return self._pick(request, able)
-        ranked = []
-        for view in able:
-            load, *ties = SCORES[self.spec.policy](view, request)
-            target = decode or view
-            num_bytes = max(num_tokens - target.matched(request.submitted.hashes), 0) * target.token_bytes
-            if decode:
-                away_s = self.handovers.seconds(num_bytes, view.name, decode.name)
-            else:
-                away_s = self.handovers.least_seconds(num_bytes, view.name, num_sources)
-            detour = self.handovers.detour(away_s)
-            ranked.append(((load + detour, *ties), Candidate(view.name, load, detour, away_s)))
-        ranked.sort(key=lambda each: each[0])
-        if not decode:
-            request.ranked = [candidate for _, candidate in ranked[:2]]
-        return self.workers[ranked[0][1].worker] if ranked else None
-
-    def _disaggregates(self, request: RequestView, mixed: WorkerView) -> bool:
-        """Is a pair worth its handover for this request? Only if there is enough prompt to compute."""
-        uncached = request.submitted.num_prompt - mixed.matched(request.submitted.hashes)
-        return uncached > self.spec.disaggregate_above
 
     def _send(self, request: RequestView, num_tokens: int, to: WorkerView, part: Role, peer: WorkerView | None) -> None:
         wanted = request.submitted

@@ -68,7 +68,7 @@ class Channel(asyncio.Protocol):
         for entries in _in_frames(queue):
             self._transport.write(journal.frame(entries))
         if self._transport.get_write_buffer_size() > _BACKLOG_BYTES:
-            self.close("it does not read what it is sent")
+            self.drop("it does not read what it is sent")
 
     def close(self, why: str = "closed by us") -> None:
         """Hang up; `lost` is called with the reason."""
@@ -126,7 +126,7 @@ class Channel(asyncio.Protocol):
         try:
             self._frames()
         except ProtocolError as error:
-            self.close(f"it broke the protocol: {error}")
+            self.drop(f"it broke the protocol: {error}")
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._transport = None

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from diptych.engine.executor import Sampling, Score
 from diptych.errors import BadRequest, DiptychError, TransferError
 from diptych.journal import Journal
+from diptych.policy.books import RouterSpec
 from diptych.policy.membership import Drain, Drained, LinkMeasured
 from diptych.policy.messages import (
     Cancel,
@@ -34,7 +35,7 @@ from diptych.policy.messages import (
     Tick,
     WorkerUp,
 )
-from diptych.policy.router import Router, RouterSpec
+from diptych.policy.router import Router
 from diptych.serve.account import Account
 from diptych.serve.build import Parts
 from diptych.serve.clock import Clock

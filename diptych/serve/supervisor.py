@@ -218,9 +218,9 @@ class Supervisor:
             raise DiptychError(f"{name} is stuck: {why}")
 
     def _plan_restart(self, child: Child, now: float, why: str) -> None:
-        was_up = child.up.exists()
-        child.failures = 0 if was_up and now - child.started >= SOON_S else child.failures + 1
-        if was_up:
+        up_s = time.time() - child.up.stat().st_mtime if child.up.exists() else None
+        child.failures = 0 if up_s is not None and up_s >= SOON_S else child.failures + 1
+        if up_s is not None:
             child.failures = min(child.failures, MOST_WAITED)
         if child.failures > MAX_FAILURES:
             self.on_event(f"{why}, {child.failures} times in a row; it is given up")

@@ -32,6 +32,7 @@ from diptych.policy.messages import (
     PeerLost,
     Place,
     Pull,
+    Purpose,
     Read,
     ReadFailed,
     Run,
@@ -55,7 +56,8 @@ from diptych.transfer.seam import Plan, Transfer, Transport
 
 log = logging.getLogger(__name__)
 
-READ_DEADLINE_S = 10.0
+READ_DEADLINE_S = 10.0  # for one read, and as long again ...
+READ_DEADLINE_BYTES = 256 << 20  # ... for every so many bytes that are to come over that link before and with it
 
 
 class WorkerProcess:
@@ -80,6 +82,7 @@ class WorkerProcess:
         )  # fmt: skip
         self._reads: dict[int, Transfer] = {}
         self._cancelled: set[int] = set()
+        self._coming: dict[str, int] = {}  # bytes that are being read from each peer
         self._tasks: set[asyncio.Task[None]] = set()
         self._timer: asyncio.TimerHandle | None = None
         self._deadline: float | None = None  # what the timer is set to
@@ -234,16 +237,20 @@ class WorkerProcess:
             self._loop.call_soon(self._on, ReadFailed(order.pull, f"no connection to {order.peer}"))
             self._loop.call_soon(self._on, Settled(order.pull))
             return
-        plan = replace(plan, codec=self._orders.cluster.codec)
-        self._reads[order.pull] = link.source.read(plan, READ_DEADLINE_S)
-        self._spawn(self._finish_read(order))
+        if order.purpose == Purpose.HANDOVER:  # what is kept for others is kept as it was computed
+            plan = replace(plan, codec=self._orders.cluster.codec)
+        num_bytes = len(order.source) * self._parts.pool.layout.block_bytes
+        self._coming[order.peer] = ahead = self._coming.get(order.peer, 0) + num_bytes
+        deadline_s = READ_DEADLINE_S * (1 + ahead / READ_DEADLINE_BYTES)
+        self._reads[order.pull] = link.source.read(plan, deadline_s)
+        self._spawn(self._finish_read(order, num_bytes))
 
     def cancel_pull(self, pull: int) -> None:
         if pull in self._reads:
             self._cancelled.add(pull)
             self._reads[pull].cancel()
 
-    async def _finish_read(self, order: Pull) -> None:
+    async def _finish_read(self, order: Pull, num_bytes: int) -> None:
         """See one read to its end: the driver hears Read, or ReadFailed and then Settled."""
         pull = order.pull
         transfer = self._reads[pull]
@@ -258,6 +265,9 @@ class WorkerProcess:
             self._on(Settled(pull))
         finally:
             del self._reads[pull]
+            self._coming[order.peer] -= num_bytes
+            if not self._coming[order.peer]:
+                del self._coming[order.peer]
             self._cancelled.discard(pull)
 
     # --- events in -----------------------------------------------------------------------------------------------

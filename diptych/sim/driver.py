@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from diptych.policy.batching import WorkerSpec
+from diptych.policy.books import RouterSpec
 from diptych.policy.membership import Drained, LinkMeasured
 from diptych.policy.messages import (
     CancelPull,
@@ -31,7 +32,7 @@ from diptych.policy.messages import (
     WorkerUp,
     request_of,
 )
-from diptych.policy.router import Router, RouterSpec
+from diptych.policy.router import Router
 from diptych.sim.agenda import Agenda, instant, not_before, seconds
 from diptych.sim.conditions import Calm, Conditions, Happening, WorkerJoins
 from diptych.sim.costs import Costs, Link

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from diptych.policy.books import RouterSpec
 from diptych.policy.membership import Dismiss, Drain
 from diptych.policy.messages import (
     MAX_ATTEMPTS,
@@ -30,7 +31,7 @@ from diptych.policy.messages import (
     WorkerUp,
     request_of,
 )
-from diptych.policy.router import Router, RouterSpec
+from diptych.policy.router import Router
 from diptych.policy.sequencer import Sequencer
 from diptych.sim.agenda import not_before, seconds
 from diptych.sim.streams import Stream, Stretch

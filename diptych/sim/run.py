@@ -6,8 +6,8 @@ Not responsible for reading configuration (`config.py`) or showing anything (`re
 from collections.abc import Iterable, Sequence
 
 from diptych.policy.batching import WorkerSpec
+from diptych.policy.books import RouterSpec
 from diptych.policy.messages import Role
-from diptych.policy.router import RouterSpec
 from diptych.sim.costs import Costs, Link
 from diptych.sim.driver import Observer, SimResult, simulate
 from diptych.sim.workload import Arrival

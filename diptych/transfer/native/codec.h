@@ -136,9 +136,10 @@ void diptych_encode_int8(uint8_t *out, int64_t out_bytes, const uint8_t *blocks,
     const int64_t used = SUMS_BYTES + rows * (4 + dim);
     for (int64_t i = 0; i < n; i++, out += out_bytes) {
         const uint8_t *block = blocks + ids[i] * block_bytes;
+        codings.encode(dtype, out, block, rows, dim);
+        // Summed after it is encoded: whoever writes into it before or meanwhile changes the sum that was promised.
         uint64_t sum = passes.sum(nullptr, block, block_bytes);
         memcpy(out + 8, &sum, 8);
-        codings.encode(dtype, out, block, rows, dim);
         memset(out + used, 0, out_bytes - used);
         sum = passes.sum(nullptr, out + 8, out_bytes - 8);
         memcpy(out, &sum, 8);
