@@ -10,6 +10,7 @@
 
 constexpr int MAX_DIM = 256;
 constexpr int TILE = 64;             // tokens whose scores are held at once
+constexpr int STEP = 8;              // tokens between two fetches: seldom enough to cost nothing
 constexpr int WIDTH = TILE + 16;     // of a row of scores: writing whole vectors may overshoot
 
 template <class T> struct Products {
@@ -24,14 +25,13 @@ template <class T> struct Products {
             Floats acc[W] = {};
             const T *rows[TOKENS];
             UNROLL for (int t = 0; t < TOKENS; t++) rows[t] = k + (int64_t)(j + t < n ? j + t : n - 1) * dim;
+            if (TOKENS >= STEP || j % STEP == 0) ahead((TOKENS > STEP ? TOKENS : STEP) * dim * sizeof(T));
             int d = 0;
-            for (; d + W <= dim; d += W) {
-                ahead(TOKENS * W * sizeof(T));
+            for (; d + W <= dim; d += W)
                 UNROLL for (int t = 0; t < TOKENS; t++) {
                     const Floats x = load(rows[t] + d);
                     UNROLL for (int r = 0; r < ROWS; r++) acc[r * TOKENS + t] += x * load(q + r * q_stride + d);
                 }
-            }
             if (d < dim)
                 UNROLL for (int t = 0; t < TOKENS; t++) {
                     const Floats x = load_half(rows[t] + d);
@@ -47,13 +47,14 @@ template <class T> struct Products {
         Floats a[ROWS][C];
         UNROLL for (int r = 0; r < ROWS; r++)
             UNROLL for (int c = 0; c < C; c++) a[r][c] = load(acc + r * stride + c * W);
-        for (int t = 0; t < n; t++) {
-            ahead(C * W * sizeof(T));
-            UNROLL for (int c = 0; c < C; c++) {
-                const T *at = v + (int64_t)t * dim + c * W;
-                const Floats x = FULL ? load(at) : load_half(at);
-                UNROLL for (int r = 0; r < ROWS; r++) a[r][c] += p[r * WIDTH + t] * x;
-            }
+        for (int first = 0; first < n; first += STEP) {
+            ahead(STEP * C * W * sizeof(T));
+            for (int t = first; t < n && t < first + STEP; t++)
+                UNROLL for (int c = 0; c < C; c++) {
+                    const T *at = v + (int64_t)t * dim + c * W;
+                    const Floats x = FULL ? load(at) : load_half(at);
+                    UNROLL for (int r = 0; r < ROWS; r++) a[r][c] += p[r * WIDTH + t] * x;
+                }
         }
         UNROLL for (int r = 0; r < ROWS; r++)
             UNROLL for (int c = 0; c < C; c++) store(acc + r * stride + c * W, a[r][c]);
