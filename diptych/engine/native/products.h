@@ -169,7 +169,7 @@ template <> struct Products<bf16> {
             UNROLL for (int c = 0; c < 2 * C; c++) a[r][c / 2][c % 2] = _mm512_loadu_ps(acc + r * stride + c * W);
         int t = 0;
         for (; t + 1 < n; t += 2) {
-            ahead(2 * C * PAIRS * sizeof(bf16));
+            if (t % STEP == 0) ahead(STEP * C * PAIRS * sizeof(bf16));
             add_pair<ROWS, C>(a, p + t, v + (int64_t)t * dim, v + (int64_t)(t + 1) * dim, ~0u, mask);
         }
         if (t < n)  // without a second: with itself, at weight zero
