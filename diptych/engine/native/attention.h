@@ -48,7 +48,8 @@ template <class T> bool prompts(const Step &s, int64_t at_once, int64_t &next) {
     }
 }
 
-template <class T> bool decodes(const Step &s, const Item *items, int64_t num, int64_t &next, float *states, int32_t *counters) {
+template <class T>
+bool decodes(const Step &s, const Item *items, int64_t num, int64_t &next, float *states, int32_t *counters) {
     Decode<T> decode(s);
     if (!decode.prepare()) return false;
     decode.run({s, items, num, next}, states, counters);
@@ -91,8 +92,9 @@ template <class T> int64_t attend(const Step &s) {
     int64_t next = 0, next_block = 0, lacking = 0;
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
-        if (num_blocks && !prompts<T>(s, at_once, next_block)) __atomic_store_n(&lacking, 1, __ATOMIC_RELAXED);
-        if (num_items && !decodes<T>(s, items, num_items, next, states, counters)) __atomic_store_n(&lacking, 1, __ATOMIC_RELAXED);
+        const bool done = (!num_blocks || prompts<T>(s, at_once, next_block)) &&
+                          (!num_items || decodes<T>(s, items, num_items, next, states, counters));
+        if (!done) __atomic_store_n(&lacking, 1, __ATOMIC_RELAXED);
     }
     return lacking ? -1 : 0;
 }

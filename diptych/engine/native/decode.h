@@ -15,9 +15,9 @@ constexpr float SLACK = 8;
 
 thread_local Scratch decode_buffers;
 
-// What is known of some (query, head) pairs over a part of the tokens they see.
 INLINE int64_t padded(const Step &s) { return (s.dim + 31) / 32 * 32; }
-INLINE int64_t state_size(const Step &s) { return padded(s) + 2 * 16; }  // sums; then the maximum and the total
+// What is known of a (query, head) pair over a part: sums; what they are relative to; the total.
+INLINE int64_t state_size(const Step &s) { return padded(s) + 2 * 16; }
 
 template <class T> struct Decode {
     typedef Products<T> P;
@@ -44,7 +44,8 @@ template <class T> struct Decode {
         for (int64_t i = 0; i < s.num_sequences; i++)
             if (s.num_queries[i] <= FEW) most_rows = most(most_rows, kept(s.num_queries[i] * group));
         const int64_t rows = (most_rows * s.num_kv_heads + 15) / 16 * 16;
-        if (!decode_buffers.grow(rows * (stride * (int64_t)(sizeof(float) + sizeof(Query)) + (int64_t)(sizeof(float) + sizeof(Floats))))) return false;
+        const int64_t row_bytes = stride * (int64_t)(sizeof(float) + sizeof(Query)) + (int64_t)(sizeof(float) + sizeof(Floats));
+        if (!decode_buffers.grow(rows * row_bytes)) return false;
         totals = (Floats *)decode_buffers.data;
         sums = (float *)(totals + rows);
         maxima = sums + rows * stride;
@@ -66,7 +67,7 @@ template <class T> struct Decode {
                               query + r / group * s.query_token + (head * group + r % group) * s.query_head, (int)s.dim);
     }
 
-    // Weights of one row over a tile, and the row's sums scaled to its new maximum.
+    // Weights of one row over a tile, relative to about its maximum; its sums are scaled where that changes.
     void softmax(int64_t row, int slot, const Tile<T> &tile, Span limits) {
         float *score = scores + slot * WIDTH;
         const int first = (int)most(0, limits.first - tile.first);

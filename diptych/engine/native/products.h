@@ -114,7 +114,7 @@ template <> struct Products<bf16> {
     template <int ROWS, class A>
     INLINE void scores(float *out, const Query *q, int64_t q_stride, const bf16 *k, int n, int dim, A &ahead) {
         constexpr int EIGHTS = ROWS == 1 ? 2 : 1, TOKENS = 8 * EIGHTS;
-        alignas(64) bf16 few[TOKENS * MAX_DIM];
+        alignas(64) bf16 few[TOKENS * MAX_DIM];  // in which what lies behind the n tokens may be read
         if (n < TOKENS) k = (const bf16 *)memcpy(few, k, (int64_t)n * dim * sizeof(bf16));
         for (int done = 0; done < n; done += TOKENS) {
             const int j = done + TOKENS <= n || n < TOKENS ? done : n - TOKENS;  // the last ones overlap those before
@@ -125,7 +125,7 @@ template <> struct Products<bf16> {
                 UNROLL for (int e = 0; e < EIGHTS; e++) {
                     __m512bh x[4];
                     UNROLL for (int i = 0; i < 4; i++)
-                        x[i] = (__m512bh)beside<full.value>(from + (8 * e + i) * (int64_t)dim + d, from + (8 * e + i + 4) * (int64_t)dim + d);
+                        x[i] = (__m512bh)beside<full.value>(from + (8 * e + i) * dim + d, from + (8 * e + i + 4) * dim + d);
                     UNROLL for (int r = 0; r < ROWS; r++) {
                         const __m256i both = _mm256_loadu_si256((const __m256i *)(q + r * q_stride + d));
                         const __m512bh y = (__m512bh)_mm512_broadcast_i64x4(both);
@@ -140,7 +140,8 @@ template <> struct Products<bf16> {
             alignas(64) float sums[ROWS * TOKENS];
             UNROLL for (int i = 0; i < ROWS * EIGHTS; i += 2) {
                 const __m512 x = quarter_sums(acc[i]), y = quarter_sums(acc[i + 1]);
-                _mm512_store_ps(sums + 8 * i, _mm512_add_ps(_mm512_shuffle_f32x4(x, y, 0x88), _mm512_shuffle_f32x4(x, y, 0xdd)));
+                const __m512 low = _mm512_shuffle_f32x4(x, y, 0x88), high = _mm512_shuffle_f32x4(x, y, 0xdd);
+                _mm512_store_ps(sums + 8 * i, _mm512_add_ps(low, high));
             }
             UNROLL for (int r = 0; r < ROWS; r++) memcpy(out + r * WIDTH + j, sums + r * TOKENS, TOKENS * sizeof(float));
         }
@@ -148,7 +149,8 @@ template <> struct Products<bf16> {
 
     // Two tokens at once: their elements are interleaved, so sums come out in another order (see in_order).
     template <int ROWS, int C>
-    INLINE void add_pair(__m512 (*acc)[C][2], const Weight *p, const bf16 *v, const bf16 *second, uint32_t kept, __mmask32 mask) {
+    INLINE void add_pair(__m512 (*acc)[C][2], const Weight *p, const bf16 *v, const bf16 *second, uint32_t kept,
+                         __mmask32 mask) {
         UNROLL for (int c = 0; c < C; c++) {
             const __m512i x = fetch(v + c * PAIRS, mask), y = fetch(second + c * PAIRS, mask);
             const __m512bh low = (__m512bh)_mm512_unpacklo_epi16(x, y), high = (__m512bh)_mm512_unpackhi_epi16(x, y);
@@ -163,7 +165,8 @@ template <> struct Products<bf16> {
     }
 
     template <int ROWS, int C, class A>
-    INLINE void add_chunk(float *acc, int64_t stride, const Weight *p, const bf16 *v, int n, int dim, __mmask32 mask, A &ahead) {
+    INLINE void add_chunk(float *acc, int64_t stride, const Weight *p, const bf16 *v, int n, int dim, __mmask32 mask,
+                          A &ahead) {
         __m512 a[ROWS][C][2];
         UNROLL for (int r = 0; r < ROWS; r++)
             UNROLL for (int c = 0; c < 2 * C; c++) a[r][c / 2][c % 2] = _mm512_loadu_ps(acc + r * stride + c * W);
