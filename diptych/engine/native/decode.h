@@ -2,10 +2,10 @@
 //
 // Tile by tile, and head by head within one: scores, running softmax (Milakov and Gimelshein, 2018) in float, weighted
 // sums; the next tile is fetched meanwhile. All (query, head) pairs of a KV head share what is loaded of it.
-// Not responsible for which tiles a thread takes (tiles.h), nor for how the parts of a sequence are cut (attention.h).
+// Not responsible for which tiles a thread takes (walk.h), nor for how the parts of a sequence are cut (attention.h).
 
 #pragma once
-#include "tiles.h"
+#include "walk.h"
 
 namespace {
 
