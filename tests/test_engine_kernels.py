@@ -255,6 +255,19 @@ def test_large_scores_do_not_overflow(level):
     assert torch.allclose(step.run(level).double(), step.expected(), atol=1e-3)
 
 
+@every_level
+@both
+def test_scores_that_rise_along_the_context(level, dtype):
+    """Weights stay relative to an old maximum for a while, and sums are scaled anew beyond that: both, and back."""
+    step = Step(Case(((1, 900), (5, 500)), kv_heads=1, dtype=dtype, scale=1.0))
+    for past, table in zip(step.before, step.tables, strict=True):
+        past[0] = (step.query[:, 0].mean(0) * torch.linspace(0, 2, past.shape[2])[:, None].sin()).to(dtype)
+        for position in range(past.shape[2]):
+            step.slot(table, position)[:] = past[:, :, position]
+    ours, theirs = step.run(level).double(), step.expected()
+    assert (ours - theirs).abs().max() < ERROR[dtype]
+
+
 def test_the_levels_agree_with_the_processor(monkeypatch):
     """Best first, the last of them for every processor; a better level includes the worse."""
     assert [level for level in kernels.LEVELS if level in LEVELS] == LEVELS and LEVELS[-1] == "baseline"

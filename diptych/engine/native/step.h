@@ -24,6 +24,7 @@ struct Step {
 
 namespace {
 
+constexpr int64_t FEW = 8;  // queries of a sequence; more of them are a piece of prompt (kernels.py: MAX_QUERIES)
 constexpr float HIDDEN = -3e38f, NOTHING = -1e30f;  // a masked score; the maximum of no scores (above it)
 
 struct Span { int64_t first, end; };

@@ -1,7 +1,7 @@
 // Vectors of floats as wide as the instruction set that this file is compiled for, and the few functions on them.
 //
 // GCC's and Clang's vector extensions wherever they suffice, so that one text serves every width; intrinsics for what
-// they cannot say (transposing sums, dot products of bfloat16). Not responsible for attention (attention.cpp).
+// they cannot say (transposing sums, dot products of bfloat16). Not responsible for attention (decode.h, prompt.h).
 
 #pragma once
 #include <stdint.h>
@@ -11,6 +11,7 @@
 #endif
 
 #define INLINE static inline __attribute__((always_inline))
+#define INLINE_MEMBER inline __attribute__((always_inline))
 // Before loops over a few vectors, which must end up in registers.
 #if defined(__clang__)
 #define UNROLL _Pragma("clang loop unroll(full)")
@@ -70,7 +71,18 @@ INLINE void store(bf16 *p, Floats v) {
 INLINE Floats larger(Floats a, Floats b) { return a > b ? a : b; }  // b, where one of them is NaN
 INLINE Floats smaller(Floats a, Floats b) { return a < b ? a : b; }
 
-// e^x within 2 units in the last place for -87 < x < 88 (coefficients: Cephes, expf); 0 below. NaN stays NaN.
+// e^x within 2 units in the last place for -87 < x < 88 (coefficients: Cephes, expf); 0 far below. NaN stays NaN.
+#if defined(__AVX512F__)
+INLINE Floats exponential(Floats v) {
+    const __m512 x = _mm512_min_ps(_mm512_set1_ps(88), _mm512_max_ps(_mm512_set1_ps(-110), (__m512)v));
+    const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504088896341f)), 8);
+    const __m512 r = _mm512_fmadd_ps(n, _mm512_set1_ps(2.12194440e-4f), _mm512_fmadd_ps(n, _mm512_set1_ps(-0.693359375f), x));
+    const float factors[] = {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f, 1.0f, 1.0f};
+    __m512 p = _mm512_set1_ps(1.9875691500e-4f);
+    UNROLL for (int i = 0; i < 7; i++) p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(factors[i]));
+    return (Floats)_mm512_scalef_ps(p, n);
+}
+#else
 INLINE Floats exponential(Floats x) {
     const Ints tiny = x < -87.0f;
     const Floats magic = all(12582912.0f);  // adding 1.5 * 2^23 rounds to an integer
@@ -86,6 +98,7 @@ INLINE Floats exponential(Floats x) {
     const Ints power = (__builtin_convertvector(n, Ints) + 127) << 23;
     return (Floats)((Ints)(p * (Floats)power) & ~tiny);
 }
+#endif
 
 INLINE float exponential(float x) { return exponential(all(x))[0]; }
 
@@ -97,6 +110,8 @@ INLINE Floats tanh_of(Floats x) {
 #if defined(__AVX512F__)
 
 INLINE float max_of(Floats v) { return _mm512_reduce_max_ps((__m512)v); }
+INLINE float sum_of(Floats v) { return _mm512_reduce_add_ps((__m512)v); }
+INLINE bool exceeds(Floats v, float x) { return _mm512_cmp_ps_mask((__m512)v, (__m512)all(x), _CMP_GT_OQ); }
 
 // Lane i becomes the sum of a[i]: four rounds of adding neighbours while transposing.
 INLINE Floats sums_of(const Floats *a) {
@@ -151,8 +166,12 @@ INLINE Floats sums_of(const Floats *a) {
 
 #endif
 
+#if !defined(__AVX512F__)
 INLINE float sum_of(Floats v) {
     float total = 0;
     for (int i = 0; i < W; i++) total += v[i];
     return total;
 }
+
+INLINE bool exceeds(Floats v, float x) { return max_of(v) > x; }
+#endif
