@@ -41,9 +41,9 @@ template <int SUM, int A, int B> INLINE void tile_dpbf16ps() {
 
 #else
 
-struct Tile { uint8_t bytes[TILE_ROWS][TILE_BYTES]; };
+struct Register { uint8_t bytes[TILE_ROWS][TILE_BYTES]; };
 thread_local Palette configured = {0};
-thread_local Tile tiles[NUM_TILES];
+thread_local Register tiles[NUM_TILES];
 
 // Where the CPU would raise a fault.
 INLINE void must(bool holds) {
@@ -67,7 +67,7 @@ inline void tile_release() {
 }
 template <int TO> inline void tile_zero() {
     must(configured.rows[TO] > 0);
-    memset(&tiles[TO], 0, sizeof(Tile));
+    memset(&tiles[TO], 0, sizeof(Register));
 }
 template <int TO> inline void tile_load(const void *from, int64_t stride) {
     tile_zero<TO>();
