@@ -16,7 +16,7 @@ from diptych.engine.paced import oracle
 from diptych.journal import read_journals
 from diptych.serve.api_process import RouterFrontend
 from diptych.serve.build import cluster_card
-from diptych.serve.frontend import Job
+from diptych.serve.frontend import Job, Stream
 from diptych.serve.supervisor import Supervisor
 from diptych.serve.text import prompt_hashes
 from diptych.sim.replay import replay
@@ -103,6 +103,45 @@ def test_a_decode_workers_death_costs_no_prompt(tmp_path: Path) -> None:
             assert num_resumed >= 8 and sum(each["prompt_tokens"] for each in resumed) == 0
             assert sum(each["written_tokens"] for each in resumed) <= 2 * card.block_size * num_resumed
             await check_records(frontend, num_resumed)
+
+    with live(topology) as supervisor:
+        asyncio.run(run(supervisor))
+
+
+def test_with_the_only_decode_worker_dead_the_keeper_goes_on_by_itself(tmp_path: Path) -> None:
+    """And takes new requests, until another one is there; nothing of a prompt is computed again."""
+    topology = tmp_path / "cluster.toml"
+    topology.write_text(TOPOLOGY.replace("count = 2", "count = 1").replace("512KiB", "8MiB"))
+
+    async def run(supervisor: Supervisor) -> None:
+        rng, card = random.Random(6), cluster_card(supervisor.cluster)
+        async with connected(supervisor) as frontend:
+
+            def ask(num_new: int) -> tuple[Job, Stream]:
+                prompt = [rng.randrange(300) for _ in range(rng.randint(100, 300))]
+                root, hashes = prompt_hashes(prompt, card)
+                job = Job(prompt, num_new, Sampling(), root=root, hashes=hashes)
+                return job, frontend.submit(job)[1]
+
+            given = [ask(400) for _ in range(8)]
+            answers = asyncio.gather(*(answer_of(stream) for _, stream in given))
+            while sum(row["kept"] for row in await frontend.workers()) < len(given):
+                await asyncio.sleep(0.01)
+            (row,) = [row for row in await frontend.workers() if row["id"] == "d0"]
+            os.kill(row["pid"], signal.SIGKILL)
+            while (report := (await frontend.health())[1])["paths"]:
+                await asyncio.sleep(0.01)
+            late, stream = ask(20)
+            for job, (tokens, _) in zip(
+                [*(job for job, _ in given), late], [*await answers, await answer_of(stream)], strict=True
+            ):
+                assert tokens == oracle(job.tokens, job.max_new, supervisor.cluster.paced)
+            well, report = await frontend.health()
+            kept = report["resumed"]["kept"]
+            assert well and kept["requests"] == len(given) and kept["prompt_tokens"] == 0
+            await back(supervisor, frontend, "d0")
+            rows = await settled(frontend)
+            assert all(row["balanced"] for row in rows) and (await frontend.health())[1]["paths"] == 1
 
     with live(topology) as supervisor:
         asyncio.run(run(supervisor))

@@ -15,6 +15,7 @@ from policy_world import Pick, Witness, World, draw_world
 from diptych.policy.batching import WorkerSpec
 from diptych.policy.messages import (
     Answer,
+    Beat,
     Cancel,
     CancelPull,
     Done,
@@ -53,14 +54,15 @@ SIZE = 4
 class Stage:
     """A prefill worker that has handed over request 1 (14 tokens: three full blocks and two tokens) to `d`."""
 
-    def __init__(self, num_blocks: int = 16, **spec: object):
+    def __init__(self, num_blocks: int = 16, done: bool = True, **spec: object):
         made = WorkerSpec("p", Role.PREFILL, num_blocks=num_blocks, block_size=SIZE, chunk=None, lease_s=9.0)
         self.worker = Worker(replace(made, **spec))  # type: ignore[arg-type]
         self.now = 0.0
         self.rid = attempt_id(1, 0)
         self.hears(place(self.rid, 14))
         self.compute()
-        self.hears(Done("d", self.rid))
+        if done:
+            self.hears(Done("d", self.rid))
 
     def hears(self, event: WorkerEvent) -> list[WorkerOrder]:
         orders = self.worker.on(self.now, event)
@@ -152,6 +154,40 @@ def test_nobody_comes_back_within_a_lease() -> None:
     stage.now = 9.0
     stage.hears(Tick())
     assert stage.counts == {"free": 13, "cached": 3} and len(stage.worker.keep) == 0
+
+
+def test_who_could_not_read_it_wants_it_kept_all_the_same() -> None:
+    """The decode side computes the prompt itself, and may die like any other."""
+    stage = Stage(done=False)
+    stage.hears(Drop("d", stage.rid, kept=True))
+    assert stage.counts == {"free": 12, "kept": 4}
+    (pull,) = stage.replicate(3, 7)
+    assert isinstance(pull, Pull) and stage.hears(Read(pull.pull, 1, 0.1)) == [Replicated("d", stage.rid, 4)]
+    stage.hears(PeerLost("d"))
+    assert computes(stage.hears(place(attempt_id(1, 1), 17, peer="e"))) == [(16, 1)]
+    gone = Stage(done=False)
+    gone.hears(Drop("d", gone.rid))
+    assert gone.counts == {"free": 13, "cached": 3}, "nobody reads it: its client has left"
+
+
+def test_no_lease_ends_while_the_next_attempt_waits_for_memory() -> None:
+    stage = Stage()
+    stage.hears(Place("p", attempt_id(2, 0), Role.PREFILL, "e", 47, 47, 20, (), 0, 0))
+    stage.compute()
+    stage.hears(PeerLost("d"))
+    assert computes(stage.hears(place(attempt_id(1, 1), 17, peer="e"))) == [], "the other one has all that is free"
+    stage.now = 9.0
+    stage.hears(Beat("e", (attempt_id(2, 0),)))
+    stage.hears(Tick())
+    assert stage.counts == {"offered": 12, "kept": 4}
+    stage.hears(Cancel("p", attempt_id(1, 1)))
+    stage.now = 17.9
+    stage.hears(Beat("e", (attempt_id(2, 0),)))
+    stage.hears(Tick())
+    assert stage.counts == {"offered": 12, "kept": 4}, "a whole lease after that one has given up"
+    stage.now = 18.0
+    stage.hears(Tick())
+    assert stage.counts == {"offered": 12, "free": 1, "cached": 3}
 
 
 def test_an_attempt_that_is_still_computed_is_taken_over_with_all_it_has() -> None:

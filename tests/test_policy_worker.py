@@ -527,3 +527,12 @@ def test_older_kv_on_its_way_gets_the_memory_of_a_younger_answer_that_is_stuck()
     assert kinds(orders)[-1] == "Pull" and stage.worker.num_preempted == 1
     (pull,) = [order for order in orders if isinstance(order, Pull)]
     assert stage.hears(Read(pull.pull, 1, 0.1)) == [Done("p", 1)]
+
+
+def test_a_strangers_revoke_does_not_take_what_the_source_said_too_early() -> None:
+    """Both came before our own Place: only what that peer said itself is forgotten."""
+    stage = decode_stage()
+    stage.hears(replace(READY, rid=9))
+    stage.hears(Revoke("evil", 9))
+    orders = stage.hears(Place("d", 9, Role.DECODE, "p", 8, 8, 4, (), 0, 1))
+    assert [order.rid for order in orders if isinstance(order, Pull)] == [9]

@@ -5,9 +5,11 @@ import logging
 import pytest
 from router_double import Workers
 
-from diptych.policy.messages import Role
+from diptych.errors import ProtocolError
+from diptych.policy.messages import Emit, Role
 from diptych.serve.frontend import Label
 from diptych.serve.router import Resumed
+from diptych.serve.wire import pack_ids
 
 
 def test_a_keeper_counts_once_it_has_computed_the_prompt() -> None:
@@ -53,3 +55,16 @@ def test_every_line_about_a_request_has_the_name_its_client_knows(caplog: pytest
     assert lost.getMessage() == "a request goes on elsewhere: worker_lost"
     assert [fact["attempt"] for fact in facts[1:3]] == [65, 66] and facts[2]["token"] == 1
     assert last.getMessage().startswith("a request ends: ") and last.levelno == logging.WARNING
+
+
+def test_what_cannot_be_read_later_is_refused_when_it_is_said() -> None:
+    """The second token of another attempt waits for the first, and is then nobody else's fault."""
+    workers = Workers()
+    workers.submit()
+    workers.write(Role.PREFILL, 0)
+    workers.die(Role.DECODE)
+    place = workers.at[Role.DECODE]
+    with pytest.raises(ProtocolError):
+        workers.driver.heard(place.worker, Emit(place.rid, 2, 1), pack_ids([7]) + b"\xc1")
+    workers.write(Role.PREFILL, 1)
+    assert workers.driver.num_broken == 0

@@ -1,7 +1,7 @@
 """Which workers are started again, when, and which are not."""
 
-import signal
 import os
+import signal
 import subprocess
 import sys
 import time
