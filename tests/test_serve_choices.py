@@ -122,7 +122,7 @@ class _Plain:
 
     source = PROMPT
 
-    def render(self, *args: Any) -> str:
+    def render(self, *args: Any, **ending: Any) -> str:
         return PROMPT
 
 

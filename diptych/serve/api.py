@@ -28,6 +28,7 @@ from diptych.engine.executor import Sampling
 from diptych.errors import BadRequest, DiptychError, NotFound, Overloaded, Unavailable
 from diptych.serve import openai
 from diptych.serve.calls import Format
+from diptych.serve.chat import encode_chat
 from diptych.serve.exchange import Exchange, Order
 from diptych.serve.frontend import DrainCall, Frontend, Job, Label, ModelCard
 from diptych.serve.guard import Guard
@@ -117,6 +118,7 @@ class Api:
             echoes=tuple(self._echoed(call, prompts)),
             silent=openai.writes_nothing(call),
             traced=bool(call.diptych_trace) or request.headers.get(TRACE, "0").lower() not in ("", "0", "false"),
+            with_stop=bool(call.include_stop_str_in_output),
             ident=ident,
             model=call.model or self.card.name,
             created=int(time.time()),
@@ -132,8 +134,7 @@ class Api:
         assert call.messages is not None
         size = sum(len(str(message.get("content"))) for message in call.messages)
         self._check_size(size, "messages")
-        encode = partial(self.text.encode_chat, call.messages, shown(call), call.chat_template_kwargs)
-        return await aside(size, encode)
+        return await aside(size, partial(encode_chat, call, shown(call), self.text))
 
     async def _encode_prompts(self, call: openai.Call) -> list[list[int]]:
         found = []

@@ -1,13 +1,12 @@
 """The OpenAI dialect: what a request body may say, and the bytes of errors.
 
-Bodies are decoded and range-checked by msgspec in one pass over the bytes; fields unknown to us are ignored, but a
-known field that would change the answer and is not supported is refused rather than ignored. Not
+Bodies are decoded and range-checked by msgspec in one pass over the bytes; what else they have is for `fields.py`. Not
 responsible for replies (`replies.py`), HTTP, tokens or running anything (`api.py`, `exchange.py`).
 """
 
 import random
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Annotated, Any, TypeVar
 
 import msgspec
@@ -15,6 +14,8 @@ from msgspec import Meta
 
 from diptych.engine.executor import Sampling
 from diptych.errors import BadRequest, DiptychError, NotFound, Overloaded, TooLarge, Unavailable
+from diptych.serve import fields
+from diptych.serve.chat import check_turn
 from diptych.serve.frontend import ModelCard
 
 Prompt = str | list[int]
@@ -46,6 +47,9 @@ class Call(msgspec.Struct, kw_only=True):
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    reasoning_effort: str | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     max_tokens: _Count | None = None
@@ -62,6 +66,8 @@ class Call(msgspec.Struct, kw_only=True):
     seed: Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)] | None = None
     stop: str | list[str] | None = None
     stop_token_ids: list[int] | None = None
+    include_stop_str_in_output: bool | None = None
+    allowed_token_ids: list[int] | None = None
     ignore_eos: bool | None = None
     priority: _Rank | None = None
     cache_salt: str | None = None
@@ -76,17 +82,10 @@ class Call(msgspec.Struct, kw_only=True):
     guided_json: str | dict[str, Any] | None = None
     guided_regex: str | None = None
     guided_choice: list[str] | None = None
+    guided_grammar: str | None = None
     return_token_ids: bool | None = None
     diptych_trace: bool | None = None
-    # Known and not supported; the only value let through is the one that changes nothing (see _NEUTRAL).
-    suffix: str | None = None
-    prompt_logprobs: int | None = None
 
-
-_NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "suffix": ("",),
-    "prompt_logprobs": (),
-}
 
 _CALL = msgspec.json.Decoder(Call)
 _encode = msgspec.json.encode
@@ -110,7 +109,8 @@ def parse(body: bytes, chat: bool) -> Call:
     needed = "messages" if chat else "prompt"
     if not getattr(call, needed):
         raise BadRequest(f"'{needed}' is required and must not be empty", needed)
-    _refuse_unsupported(call)
+    fields.check(body, Call)
+    check_turn(call)
     _check_stops(call)
     _check_logprobs(call, chat)
     _check_best_of(call, chat)
@@ -122,13 +122,6 @@ def parse(body: bytes, chat: bool) -> Call:
     if call.stream_options is not None and not call.stream:
         raise BadRequest("'stream_options' needs 'stream': true", "stream_options")
     return call
-
-
-def _refuse_unsupported(call: Call) -> None:
-    for name, neutral in _NEUTRAL.items():
-        value = getattr(call, name)
-        if value is not None and value is not False and value not in neutral:
-            raise BadRequest(f"'{name}': {_encode(value).decode()} is not supported", name, "unsupported_parameter")
 
 
 def _check_stops(call: Call) -> None:
@@ -208,8 +201,11 @@ def check_prompt(tokens: list[int], card: ModelCard, param: str = "prompt") -> N
 
 
 def check_ids(call: Call, card: ModelCard) -> None:
-    """Refuse `stop_token_ids` and `logit_bias` outside the vocabulary."""
-    for name, ids in (("stop_token_ids", call.stop_token_ids), ("logit_bias", call.logit_bias)):
+    """Refuse ids outside the vocabulary, and an empty list of those that are allowed."""
+    if call.allowed_token_ids == []:
+        raise BadRequest("'allowed_token_ids' is empty: no token could be written", "allowed_token_ids")
+    for name in ("stop_token_ids", "logit_bias", "allowed_token_ids"):
+        ids: Collection[int] | None = getattr(call, name)
         if ids and not 0 <= min(ids) <= max(ids) < card.vocab_size:
             raise BadRequest(f"token ids must be from 0 to {card.vocab_size - 1}", name)
 
@@ -263,6 +259,7 @@ def sampling(call: Call, stop_ids: tuple[int, ...]) -> Sampling:
         presence_penalty=call.presence_penalty or 0.0,
         frequency_penalty=call.frequency_penalty or 0.0,
         logit_bias=tuple(sorted((call.logit_bias or {}).items())),
+        allowed_ids=tuple(sorted(set(call.allowed_token_ids or ()))),
         logprobs=max(top, 0) if ranked else top,
         prompt_logprobs=top if call.echo else -1,
     )

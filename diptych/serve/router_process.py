@@ -279,7 +279,7 @@ class RouterProcess:
             raise ProtocolError("a Submit whose number or lengths are wrong")
         check_ids(unpack_ids(ticket.tokens), self._card.vocab_size)
         check_ids((token for token, _ in ticket.sampling.logit_bias), self._card.vocab_size)
-        check_ids(ticket.sampling.stop_ids, self._card.vocab_size)
+        check_ids((*ticket.sampling.stop_ids, *ticket.sampling.allowed_ids), self._card.vocab_size)
         ours = next(self._numbers)
         client.enter(message.request, ours)
         event = Submitted(ours, message.num_prompt, message.max_new, message.hashes, message.priority)
