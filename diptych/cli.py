@@ -233,7 +233,9 @@ def _simulate(arguments: argparse.Namespace) -> int:
     from diptych.sim.report import render, summarize
     from diptych.sim.run import run_simulation
 
-    cluster = load_cluster(arguments.cluster, {"kv_memory": "40GiB", "engine": "paced"} | _given(_topology(arguments)))
+    # No model is looked at, and none is needed.
+    flags = {"kv_memory": "40GiB", "engine": "paced", "model": "demo"} | _given(_topology(arguments))
+    cluster = load_cluster(arguments.cluster, flags)
     specs = [
         worker.spec(max(worker.kv_bytes // (worker.block_size * arguments.kv_bytes), 1)) for worker in cluster.workers
     ]

@@ -26,6 +26,7 @@ import msgspec
 from diptych.engine.paced import PacedModel
 from diptych.errors import ConfigError
 from diptych.linkrates import LinkRates, LinkRule, parse_rate
+from diptych.modelfacts import num_tokens
 from diptych.policy.batching import WorkerSpec
 from diptych.policy.messages import Role
 from diptych.policy.router import RouterSpec
@@ -116,15 +117,11 @@ class _Paced(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     new_token_us: float = 50.0
     context_token_us: float = 0.1
     kv_bytes_per_token: int = 64
-    vocab: int = 512
+    vocab: int | None = None
 
-    def model(self) -> PacedModel:
+    def model(self, vocab: int) -> PacedModel:
         return PacedModel(
-            self.base_ms / 1e3,
-            self.new_token_us / 1e6,
-            self.context_token_us / 1e6,
-            self.kv_bytes_per_token,
-            self.vocab,
+            self.base_ms / 1e3, self.new_token_us / 1e6, self.context_token_us / 1e6, self.kv_bytes_per_token, vocab
         )
 
 
@@ -235,7 +232,7 @@ def load_cluster(path: Path | None, flags: dict[str, Any]) -> Cluster:
         log_format=file.log_format,
         log_level=file.log_level,
         router=RouterSpec(**msgspec.structs.asdict(file.router)),
-        paced=file.paced.model(),
+        paced=_paced(file),
     )
 
 
@@ -357,6 +354,14 @@ def _check(workers: tuple[WorkerConfig, ...], others_join: bool) -> None:
     for key in ("block_size", "dtype"):
         if len({getattr(worker, key) for worker in workers}) > 1:
             raise ConfigError(f"all workers of a cluster need the same {key}: their KV has to fit together")
+
+
+def _paced(file: _File) -> PacedModel:
+    """What the paced engine pretends to be. Its words are the tokenizer's, so that texts can be asked and shown."""
+    vocab = file.paced.vocab
+    if vocab is None and file.engine == "paced":
+        vocab = num_tokens(DEMO if file.model == "demo" else file.model)
+    return file.paced.model(512 if vocab is None else vocab)
 
 
 def _links(file: _File, workers: tuple[WorkerConfig, ...]) -> LinkRates:

@@ -30,7 +30,7 @@ def shaped(
     histories: Sequence[History],
     masks: Mapping[int, NDArray[np.bool_]] = _NO_MASKS,
 ) -> Tensor:
-    """Logits [rows, vocab] with bias, then penalties, then masks (by row, False is excluded) and allowed ids, no early end.
+    """Logits [rows, vocab] with bias, then penalties, then what masks (by row) and allowed ids leave, and no early end.
 
     float32 where anything was done, otherwise what came in.
 

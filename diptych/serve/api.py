@@ -92,6 +92,7 @@ class Api:
         openai.check_model(call.model, self.card)
         openai.check_writes(self.card)
         openai.check_ids(call, self.card)
+        openai.check_scored(call, self.card)
         prompts = [await self._encode_chat(call)] if chat else await self._encode_prompts(call)
         if len(prompts) * openai.num_answers(call) > self.settings.max_prompts:
             raise BadRequest(f"at most {self.settings.max_prompts} answers in one request", "n")

@@ -110,6 +110,7 @@ def model_card(cluster: Cluster, layout: Layout, num_blocks: int) -> ModelCard:
         width=facts.hidden if facts else VECTOR_WIDTH,
         matryoshka=facts.matryoshka if facts else None,
         labels=facts.labels if facts else (),
+        scored=not paced,
         structured=bool(facts and facts.eos_ids) and find_spec("llguidance") is not None,
     )
 

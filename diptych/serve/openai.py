@@ -210,6 +210,15 @@ def check_ids(call: Call, card: ModelCard) -> None:
             raise BadRequest(f"token ids must be from 0 to {card.vocab_size - 1}", name)
 
 
+def check_scored(call: Call, card: ModelCard) -> None:
+    """Refuse log-probabilities, and answers that are ranked by them, where the workers only pretend to compute."""
+    ranked = call.best_of is not None and call.best_of > (call.n or 1)
+    if not card.scored and (ranked or num_logprobs(call) >= 0):
+        name = "best_of" if ranked else "logprobs"
+        what = f"'{name}' is not supported here: the paced engine has no log-probabilities"
+        raise BadRequest(what, name, "unsupported_parameter")
+
+
 def max_new(call: Call, num_prompt: int, card: ModelCard, chat: bool) -> int:
     """How many tokens may be written (0 with `echo` alone); refuses what does not fit into the model's context."""
     room = card.max_tokens - num_prompt
