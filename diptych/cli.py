@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from diptych import __version__
 from diptych.bench import command as bench
 from diptych.bench import compare
-from diptych.errors import DiptychError
+from diptych.errors import ConfigError, DiptychError, ProtocolError
 from diptych.sim.load import add_load_flags, load_of
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return status
     except DiptychError as error:
         print(f"diptych: {error}", file=sys.stderr)
-        return 2
+        return 2 if isinstance(error, ConfigError | ProtocolError) else 1  # what is wrong stays so, or what happened
     except KeyboardInterrupt:
         return 130
 
@@ -123,7 +123,7 @@ def _serve(arguments: argparse.Namespace) -> int:
     flags["cores"] = parse_cores(arguments.cores) if arguments.cores else None
     cluster = load_cluster(arguments.cluster, flags)
     set_up("supervisor", cluster.log_format, cluster.log_level)
-    _stop_on_sigterm()
+    _stop_on_signals()
     began = time.monotonic()
     names = ", ".join(f"{worker.name} ({worker.role})" for worker in cluster.workers) or "a router without workers"
     print(f"starting {names} on {cluster.model} ...", flush=True)
@@ -137,13 +137,14 @@ def _serve(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _stop_on_sigterm() -> None:
-    """SIGTERM stops a cluster as Ctrl-C does."""
+def _stop_on_signals() -> None:
+    """SIGTERM stops a cluster as Ctrl-C does, and SIGINT also where a shell had it ignored (`serve &` in a script)."""
 
     def stop(number: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt
 
-    signal.signal(signal.SIGTERM, stop)
+    for each in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(each, stop)
 
 
 def _banner(url: str, seconds: float, joining: str | None) -> str:

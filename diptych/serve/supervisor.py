@@ -31,7 +31,7 @@ from diptych.errors import ConfigError, DiptychError
 from diptych.journal import refuse_used
 from diptych.serve.channel import join_host, split_host
 from diptych.serve.liveness import Liveness
-from diptych.serve.process import Orders, settings_of
+from diptych.serve.process import WRONG, Orders, settings_of
 
 START_S = 120.0  # how long a cluster may take to be ready (loading a large model)
 STOP_S = 8.0  # how long a process may take to stop before it is killed
@@ -138,6 +138,7 @@ class Supervisor:
     def stop(self) -> None:
         """Stop everything: the door first, then the workers, then the router."""
         with _undisturbed():
+            Path(self.runtime, "stopping").touch()  # workers say less of it
             by_order = {"api": 0, "router": 2}
             for order in (0, 1, 2):
                 group = [c for c in self.children if c.process and by_order.get(c.name, 1) == order]
@@ -201,9 +202,11 @@ class Supervisor:
                 self.on_event(f"{child.name} was drained and has left")
                 child.process = None
                 continue
-            why = f"{child.name} ended with status {child.process.returncode}"
+            status = child.process.returncode
+            why = f"{child.name} {_how(status)}"
             if not restart or child.name in ("router", "api"):
-                raise DiptychError(f"{why}; what it printed says why")
+                kind = ConfigError if status == WRONG and not restart else DiptychError
+                raise kind(why if status < 0 else f"{why}; what it printed says why")
             self._plan_restart(child, now, why)
 
     def _check_life(self, now: float) -> None:
@@ -271,6 +274,13 @@ def _listen(host: str, port: int, flag: str) -> socket.socket:
     except OSError as error:
         raise ConfigError(f"cannot listen on {host}:{port}: {error.strerror}; choose another {flag}") from None
     return sock
+
+
+def _how(status: int) -> str:
+    """How a process ended, in words."""
+    if status >= 0:
+        return f"ended with status {status}"
+    return f"was killed by signal {-status}{' (out of memory?)' if status == -signal.SIGKILL else ''}"
 
 
 def _signal(child: Child, number: int) -> None:
