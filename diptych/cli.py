@@ -20,6 +20,7 @@ from diptych.errors import ConfigError, DiptychError, ProtocolError
 from diptych.sim.load import add_load_flags, load_of
 
 if TYPE_CHECKING:
+    from diptych.config import Cluster
     from diptych.journal import Recording
 
 
@@ -48,6 +49,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_replay(commands)
     bench.add(commands)
     compare.add(commands)
+    for each in commands.choices.values():
+        each.allow_abbrev = False  # what a flag's beginning means would change with every flag that is added
     return parser
 
 
@@ -123,6 +126,7 @@ def _serve(arguments: argparse.Namespace) -> int:
     flags["cores"] = parse_cores(arguments.cores) if arguments.cores else None
     cluster = load_cluster(arguments.cluster, flags)
     set_up("supervisor", cluster.log_format, cluster.log_level)
+    _warn_of_leases(cluster)
     _stop_on_signals()
     began = time.monotonic()
     names = ", ".join(f"{worker.name} ({worker.role})" for worker in cluster.workers) or "a router without workers"
@@ -135,6 +139,15 @@ def _serve(arguments: argparse.Namespace) -> int:
         except KeyboardInterrupt:
             print("stopping ...", flush=True)
     return 0
+
+
+def _warn_of_leases(cluster: "Cluster") -> None:
+    shortest = min((worker.lease_s for worker in cluster.workers), default=cluster.guest.lease_s)
+    if cluster.stuck_s >= shortest:
+        what = (
+            "stuck (%g s) is not below lease (%g s): KV is given up before a worker that hangs is, so that prompts are"
+        )
+        logging.getLogger("diptych").warning(f"{what} computed again", cluster.stuck_s, shortest)
 
 
 def _stop_on_signals() -> None:
@@ -222,7 +235,7 @@ def _add_simulate(commands: Any) -> None:
         help="a step takes A + B x new tokens + C x context tokens, seconds (8e-3,4e-5,4e-8)",
     )  # fmt: skip
     parser.add_argument("--link", default="25", metavar="RATE", help="what KV travels over: GB/s, or like 10gbe (25)")
-    parser.add_argument("--kv-bytes", type=int, default=131072, metavar="N", help="KV bytes of a token (131072)")
+    parser.add_argument("--kv-bytes", type=_positive, default=131072, metavar="N", help="KV bytes of a token (131072)")
     parser.set_defaults(command=_simulate)
 
 
@@ -249,6 +262,12 @@ def _simulate(arguments: argparse.Namespace) -> int:
     )
     render(summarize(result, parse_slo(arguments.slo) if arguments.slo else None))
     return 0
+
+
+def _positive(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError("a number, at least 1")
+    return int(text)
 
 
 def _step_cost(text: str) -> Any:

@@ -19,9 +19,10 @@ import os
 import re
 import tomllib
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
+from msgspec import Meta
 
 from diptych.engine.paced import PacedModel
 from diptych.errors import ConfigError
@@ -31,6 +32,7 @@ from diptych.policy.batching import WorkerSpec
 from diptych.policy.messages import Role
 from diptych.policy.router import RouterSpec
 from diptych.units import parse_bytes
+from diptych.wording import sentence
 
 _KEY_VARIABLES = {"api_key": "DIPTYCH_API_KEY", "cluster_key": "DIPTYCH_CLUSTER_KEY"}
 """The settings the environment may make: flags would show in process lists."""
@@ -46,6 +48,11 @@ LogFormat = Literal["text", "json"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 ToolFormat = Literal["hermes", "llama3", "none"]
 Quantize = Literal["int8"]
+_AtLeast0 = Annotated[int, Meta(ge=0)]
+_AtLeast1 = Annotated[int, Meta(ge=1)]
+_Port = Annotated[int, Meta(ge=0, le=65535)]
+_Seconds = Annotated[float, Meta(ge=0.0)]
+_MoreThan0 = Annotated[float, Meta(gt=0.0)]
 
 
 class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -113,11 +120,11 @@ class Cluster(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class _Paced(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    base_ms: float = 4.0
-    new_token_us: float = 50.0
-    context_token_us: float = 0.1
+    base_ms: _Seconds = 4.0
+    new_token_us: _Seconds = 50.0
+    context_token_us: _Seconds = 0.1
     kv_bytes_per_token: int = 64
-    vocab: int | None = None
+    vocab: _AtLeast1 | None = None
 
     def model(self, vocab: int) -> PacedModel:
         return PacedModel(
@@ -129,10 +136,10 @@ class _Defaults(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     dtype: Dtype | None = None
     quantize: Quantize | None = None
     chunk: int | Literal["off"] | None = None
-    block_size: int | None = None
-    max_batch: int | None = None
-    itl_budget: float | None = None  # seconds
-    lease: float | None = None  # seconds
+    block_size: _AtLeast1 | None = None
+    max_batch: _AtLeast1 | None = None
+    itl_budget: _MoreThan0 | None = None  # seconds
+    lease: _MoreThan0 | None = None  # seconds
     depth: int | None = None
     replicate: bool | None = None
     kv_memory: int | str | None = None
@@ -140,15 +147,15 @@ class _Defaults(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
 class _Worker(_Defaults, frozen=True, kw_only=True, forbid_unknown_fields=True):
     role: Role
-    count: int = 1
-    cores: tuple[int, ...] = ()
+    count: _AtLeast0 = 1
+    cores: tuple[_AtLeast0, ...] = ()
 
 
 class _Router(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     policy: Literal["round-robin", "least-loaded", "prefix-aware"] = "prefix-aware"
-    max_requests: int = 4096
-    max_queued_tokens: int | None = None
-    disaggregate_above: int = 256
+    max_requests: _AtLeast1 = 4096
+    max_queued_tokens: _AtLeast1 | None = None
+    disaggregate_above: _AtLeast0 = 256
 
 
 class _Link(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -165,7 +172,7 @@ class _File(_Defaults, frozen=True, kw_only=True, forbid_unknown_fields=True):
     model: str = "demo"
     engine: Literal["torch", "paced"] = "torch"
     host: str = "127.0.0.1"
-    port: int = 8000
+    port: _Port = 8000
     journal: str | None = None
     api_key: str | None = None
     listen: str | None = None
@@ -175,8 +182,8 @@ class _File(_Defaults, frozen=True, kw_only=True, forbid_unknown_fields=True):
     transport: Transport = "auto"
     codec: KvCodec = "raw"
     link: str | float | list[_Link] | None = None
-    drain_timeout: float = 300.0  # seconds
-    stuck: float = 10.0  # seconds
+    drain_timeout: _Seconds = 300.0
+    stuck: _Seconds = 10.0
     tool_parser: ToolFormat | None = None
     log_format: LogFormat = "text"
     log_level: LogLevel = "info"
@@ -195,6 +202,9 @@ def load_cluster(path: Path | None, flags: dict[str, Any]) -> Cluster:
         if os.environ.get(variable) and (key == "api_key" or "key_file" not in data | flags):
             flags.setdefault(key, os.environ[variable])
     counts = {role: flags.pop(role.value) for role in Role if role.value in flags}
+    for role, count in counts.items():
+        if count < 0:
+            raise ConfigError(f"--{role.value} is {count}; it must be at least 0")
     cores = flags.pop("cores", None)
     if counts:
         if data.get("worker"):
@@ -205,7 +215,7 @@ def load_cluster(path: Path | None, flags: dict[str, Any]) -> Cluster:
     try:
         file = msgspec.convert(data, _File)
     except msgspec.ValidationError as error:
-        raise ConfigError(f"{path or 'flags'}: {error}") from None
+        raise ConfigError(f"{path or 'flags'}: {sentence(error)[0]}") from None
     workers = _workers(file, cores)
     _check(workers, file.listen is not None)
     _check_door(file)
@@ -281,12 +291,17 @@ def _key(key: str | None, key_file: str | None) -> str | None:
 
 
 def _read(path: Path) -> dict[str, Any]:
+    model = f"; a model is given with a flag: --model {path}"
     try:
         return tomllib.loads(path.read_text())
     except FileNotFoundError:
-        raise ConfigError(f"{path}: no such file") from None
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{path}: {error}") from None
+        raise ConfigError(f"{path}: no such file{'' if path.suffix == '.toml' else model}") from None
+    except IsADirectoryError:
+        raise ConfigError(f"{path} is a folder, and no cluster file{model}") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is no TOML: {error}") from None
 
 
 def _workers(file: _File, cores: list[int] | None) -> tuple[WorkerConfig, ...]:
@@ -325,10 +340,8 @@ def _worker(name: str, own: _Worker, file: _File, cores: tuple[int, ...]) -> Wor
         replicate=setting("replicate", True),
         kv_bytes=parse_bytes(setting("kv_memory", 128 << 20)),
     )
-    positive = {"chunk": config.chunk or 1, "block_size": config.block_size, "max_batch": config.max_batch}
-    for key, value in positive.items():
-        if value < 1:
-            raise ConfigError(f"{key} is {value}; it must be at least 1")
+    if config.chunk is not None and config.chunk < 1:
+        raise ConfigError(f"chunk is {config.chunk}; it must be at least 1")
     if config.depth not in (1, 2):
         raise ConfigError(f"depth is {config.depth}; one or two steps can be in flight")
     return config
@@ -381,7 +394,5 @@ def _check_door(file: _File) -> None:
         raise ConfigError(f"listen is {file.listen!r}; write it as host:port, like 10.0.0.1:7000")
     if file.listen is not None and file.listen.rpartition(":")[0] in _WILDCARDS and not file.address:
         raise ConfigError(f"listen is {file.listen}: say with --address by which host name or address others reach it")
-    if not file.drain_timeout >= 0:
-        raise ConfigError(f"drain_timeout is {file.drain_timeout}; it is a number of seconds")
     if not (file.stuck >= 2 or file.stuck == 0):
         raise ConfigError(f"stuck is {file.stuck}; it is a number of seconds, at least 2, or 0: never")

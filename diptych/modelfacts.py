@@ -123,6 +123,8 @@ def locate(model: str | Path) -> Path:
     folder = Path(model).expanduser()
     if (folder / "config.json").is_file():
         return folder
+    if not folder.exists() and str(model).startswith(("/", "./", "../", "~")):
+        raise ConfigError(f"{model}: no such folder")
     if folder.exists():
         raise ConfigError(f"{folder} has no config.json; --model wants a checkpoint folder or a hub name")
     return _download(str(model))

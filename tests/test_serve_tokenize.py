@@ -59,7 +59,7 @@ def test_where_a_chat_ends(live: Live, fields: dict[str, Any], expected: str) ->
         ("/tokenize", {"prompt": 5}, 400, "prompt"),
         ("/tokenize", {"prompt": "a", "model": "other"}, 404, "model"),
         ("/tokenize", {"messages": [{"content": "a"}]}, 400, "messages[0].role"),
-        ("/detokenize", {}, 400, None),
+        ("/detokenize", {}, 400, "tokens"),
         ("/detokenize", {"tokens": [10**6]}, 400, "tokens"),
         ("/detokenize", {"tokens": ["a"]}, 400, "tokens[0]"),
     ],

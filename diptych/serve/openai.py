@@ -5,7 +5,6 @@ responsible for replies (`replies.py`), HTTP, tokens or running anything (`api.p
 """
 
 import random
-import re
 from collections.abc import Callable, Collection
 from typing import Annotated, Any, TypeVar
 
@@ -17,6 +16,7 @@ from diptych.errors import BadRequest, DiptychError, NotFound, Overloaded, TooLa
 from diptych.serve import fields
 from diptych.serve.chat import check_turn
 from diptych.serve.frontend import ModelCard
+from diptych.wording import sentence
 
 Prompt = str | list[int]
 T = TypeVar("T")
@@ -89,7 +89,6 @@ class Call(msgspec.Struct, kw_only=True):
 
 _CALL = msgspec.json.Decoder(Call)
 _encode = msgspec.json.encode
-_PARAM = re.compile(r"\$\.(\w+(?:\[\d+\])*)")
 
 
 def decoded(decoder: msgspec.json.Decoder[T], body: bytes) -> T:
@@ -97,8 +96,7 @@ def decoded(decoder: msgspec.json.Decoder[T], body: bytes) -> T:
     try:
         return decoder.decode(body)
     except msgspec.ValidationError as error:
-        where = _PARAM.search(str(error))
-        raise BadRequest(f"invalid request: {error}", where.group(1) if where else None) from error
+        raise BadRequest(*sentence(error)) from error
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise BadRequest(f"the request body is not valid JSON: {error}") from error
 

@@ -7,6 +7,7 @@ whoever started it watches it.
 """
 
 import contextlib
+import errno
 import http.client
 import os
 import secrets
@@ -29,6 +30,7 @@ import msgspec
 from diptych.config import Cluster
 from diptych.errors import ConfigError, DiptychError
 from diptych.journal import refuse_used
+from diptych.modelfacts import locate
 from diptych.serve.channel import join_host, split_host
 from diptych.serve.liveness import Liveness
 from diptych.serve.process import WRONG, Orders, settings_of
@@ -70,8 +72,7 @@ class Supervisor:
         self._liveness: Liveness[str] = Liveness(self.cluster.stuck_s)
 
     def __enter__(self) -> "Supervisor":
-        if self.cluster.journal:
-            refuse_used(Path(self.cluster.journal))
+        _check(self.cluster)
         self._sockets = {"api": _listen(self.cluster.host, self.cluster.port, "--port")}
         self.port: int = self._sockets["api"].getsockname()[1]
         self.runtime = tempfile.mkdtemp(prefix="diptych-")
@@ -263,6 +264,23 @@ def _undisturbed() -> Iterator[None]:
             signal.signal(number, handler)
 
 
+def _check(cluster: Cluster) -> None:
+    """What would otherwise be found out by a process that has just been started; raises ConfigError."""
+    have = os.sched_getaffinity(0)
+    for worker in cluster.workers:
+        if missing := set(worker.cores) - have:
+            numbers, there = (",".join(map(str, sorted(cores))) for cores in (missing, have))
+            raise ConfigError(f"{worker.name} is to have the cores {numbers}, and there are {there}")
+    if Path(cluster.folder).is_absolute() or cluster.folder.startswith(("~", ".")):
+        locate(cluster.folder)
+    if cluster.journal:
+        refuse_used(Path(cluster.journal))
+        try:
+            Path(cluster.journal).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"no journal can be kept in {cluster.journal}: {error.strerror}") from None
+
+
 def _listen(host: str, port: int, flag: str) -> socket.socket:
     """Bind before anything is started: a port in use is said at once."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -272,7 +290,9 @@ def _listen(host: str, port: int, flag: str) -> socket.socket:
         sock.bind((host, port))
         sock.listen(2048)
     except OSError as error:
-        raise ConfigError(f"cannot listen on {host}:{port}: {error.strerror}; choose another {flag}") from None
+        sock.close()
+        wrong = flag if flag == "--listen" or error.errno in (errno.EADDRINUSE, errno.EACCES) else "--host"
+        raise ConfigError(f"cannot listen on {host}:{port}: {error.strerror}; choose another {wrong}") from None
     return sock
 
 
