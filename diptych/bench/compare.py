@@ -63,6 +63,7 @@ def run(arguments: argparse.Namespace) -> int:
     from diptych.bench.slo import parse_slo
 
     modes = _modes(arguments)
+    rounds.check_folders(arguments.out, arguments.chart)
     if arguments.chart:
         chart.check(arguments.chart)  # before minutes are spent
     load = load_of(arguments, seconds=SECONDS)

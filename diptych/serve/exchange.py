@@ -68,6 +68,7 @@ class Exchange:
         self._order = order
         self._head = replies.head(order.chat, order.streamed, order.ident, order.created, order.model)
         self._frontend = frontend
+        self._metrics = metrics
         self._turns: list[Turn] = []
         for number, job in enumerate(order.jobs):
             form = order.calls
@@ -82,6 +83,8 @@ class Exchange:
             await while_connected(receive, self._run(_Wire(send)))
         finally:
             scope["record"] = self._record()
+            if all(turn.answer.finish for turn in self._turns):
+                self._metrics.longest_answers.observe(max(turn.answer.num_tokens for turn in self._turns))
 
     async def _run(self, wire: "_Wire") -> None:
         try:

@@ -71,6 +71,7 @@ class RouterProcess:
         self._clock = Clock()
         self._card = cluster_card(cluster)
         self._driver = RouterDriver(Router(cluster.router), self, self._clock, self._journal, self._card.vocab_size)
+        self._driver.records.telemetry.alias(self._card.name)
         self._facts = facts_of(cluster, (*cluster.workers, cluster.guest)[0])
         self._workers: dict[str, Joined] = {}
         self._liveness: Liveness[Channel] = Liveness(cluster.stuck_s)
