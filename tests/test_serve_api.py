@@ -194,6 +194,8 @@ def test_looking_in(live: Live) -> None:
     live.frontend.rows = [{"id": "p0", "role": "prefill", "pid": 1, "state": "up", "running": 2, "waiting": 0}]
     assert httpx.get(f"{live.url}/workers").json() == {"workers": live.frontend.rows}
     assert httpx.get(f"{live.url}/version").json()["version"]
+    (one, alias) = httpx.get(f"{live.url}/v1/models").json()["data"]
+    assert time.time() - 600 < one["created"] == alias["created"] <= time.time(), "when it was started"
     metrics = httpx.get(f"{live.url}/metrics").text
     assert 'diptych_worker_requests_running{role="prefill",worker="p0"} 2.0' in metrics
     assert "diptych_time_to_first_token_seconds_bucket" in metrics

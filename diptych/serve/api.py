@@ -32,7 +32,7 @@ from diptych.serve.chat import encode_chat
 from diptych.serve.exchange import Exchange, Order
 from diptych.serve.frontend import DrainCall, Frontend, Job, Label, ModelCard
 from diptych.serve.guard import Guard
-from diptych.serve.intake import aside, check_size, read_body
+from diptych.serve.intake import aside, check_size, read_body, wants_trace
 from diptych.serve.metrics import CONTENT_TYPE, Metrics
 from diptych.serve.outermost import Outermost
 from diptych.serve.records import MAX_SHOWN, NUM_KEPT
@@ -44,8 +44,6 @@ from diptych.serve.tokenize import detokenize, tokenize
 from diptych.serve.tools import check_tools, format_of, grammar_of_calls, shown
 
 T = TypeVar("T")
-
-TRACE = "x-diptych-trace"  # asks for the records of a request in its reply
 
 _DRAIN = msgspec.json.Decoder(DrainCall)
 
@@ -118,7 +116,7 @@ class Api:
             calls=self.calls if chat and shown(call) else None,
             echoes=tuple(self._echoed(call, prompts)),
             silent=openai.writes_nothing(call),
-            traced=bool(call.diptych_trace) or request.headers.get(TRACE, "0").lower() not in ("", "0", "false"),
+            traced=bool(call.diptych_trace) or wants_trace(request),
             with_stop=bool(call.include_stop_str_in_output),
             ident=ident,
             model=call.model or self.card.name,
@@ -273,6 +271,7 @@ class Api:
 def make_app(frontend: Frontend, text: Text, card: ModelCard, settings: Settings | None = None) -> Starlette:
     """The ASGI application."""
     settings = settings or Settings()
+    card = replace(card, created=card.created or int(time.time()))
     api = Api(frontend, text, card, settings, Metrics(card.name), format_of(text, settings.tool_parser))
     routes = [
         Route("/v1/completions", api.completions, methods=["POST"]),

@@ -20,6 +20,14 @@ T = TypeVar("T")
 _LONG_TEXT = 8192
 
 
+TRACE = "x-diptych-trace"
+
+
+def wants_trace(request: Request) -> bool:
+    """Whether a reply is to say where its time went."""
+    return request.headers.get(TRACE, "0").lower() not in ("", "0", "false")
+
+
 async def read_body(request: Request, limit: int, timeout_s: float) -> bytes:
     """The whole body; TooLarge over `limit` bytes, TooSlow after `timeout_s` seconds."""
     if int(request.headers.get("content-length", "0")) > limit:

@@ -222,7 +222,7 @@ def max_new(call: Call, num_prompt: int, card: ModelCard, chat: bool) -> int:
     room = card.max_tokens - num_prompt
     asked = call.max_tokens if call.max_completion_tokens is None else call.max_completion_tokens
     field = "messages" if chat else "prompt"
-    if room < 1:
+    if room < (0 if writes_nothing(call) else 1):
         raise too_long(f"the prompt has {num_prompt} tokens", card, field)
     if asked is None:
         asked = room if chat else min(DEFAULT_COMPLETION_TOKENS, room)

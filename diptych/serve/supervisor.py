@@ -11,12 +11,10 @@ import errno
 import http.client
 import os
 import secrets
-import shutil
 import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -34,6 +32,7 @@ from diptych.modelfacts import locate
 from diptych.serve.channel import join_host, split_host
 from diptych.serve.liveness import Liveness
 from diptych.serve.process import WRONG, Orders, settings_of
+from diptych.serve.runtime import Runtime
 
 START_S = 120.0  # how long a cluster may take to be ready (loading a large model)
 STOP_S = 8.0  # how long a process may take to stop before it is killed
@@ -75,7 +74,8 @@ class Supervisor:
         _check(self.cluster)
         self._sockets = {"api": _listen(self.cluster.host, self.cluster.port, "--port")}
         self.port: int = self._sockets["api"].getsockname()[1]
-        self.runtime = tempfile.mkdtemp(prefix="diptych-")
+        self._folder = Runtime()
+        self.runtime = self._folder.path
         self.key = self.cluster.cluster_key or secrets.token_hex(16)
         try:
             self._open_to_others()
@@ -153,7 +153,7 @@ class Supervisor:
                 _wait_all(group, began + STOP_S)
                 for child in group:
                     _kill(child)
-            shutil.rmtree(self.runtime, ignore_errors=True)
+            self._folder.close()
 
     def _start(self, child: Child) -> None:
         fds = (self._sockets[child.name].fileno(),) if child.name in self._sockets else ()
