@@ -62,10 +62,11 @@ def _add_topology(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--mixed", type=int, metavar="N", help="workers that do both")
     parser.add_argument("--chunk", type=_chunk, metavar="N|off", help="most new tokens in a step (default 512)")
     parser.add_argument("--kv-memory", metavar="SIZE", help="KV memory a worker (default 128MiB, simulated 40GiB)")
+    parser.add_argument("--max-batch", type=int, metavar="N", help="most sequences that run at once (default 256)")
 
 
 def _topology(arguments: argparse.Namespace) -> dict[str, Any]:
-    keys = ("prefill", "decode", "mixed", "chunk", "kv_memory")
+    keys = ("prefill", "decode", "mixed", "chunk", "kv_memory", "max_batch")
     return {key: getattr(arguments, key) for key in keys}
 
 
@@ -88,6 +89,7 @@ def _add_serve(commands: Any) -> None:
     parser = commands.add_parser("serve", help="serve a model", description="Serve a model until Ctrl-C.")
     _add_topology(parser)
     parser.add_argument("--model", help="a folder, a hub name, or demo (default), the bundled model")
+    parser.add_argument("--served-model-name", metavar="NAME", help="what clients call it (default: its folder's name)")
     parser.add_argument("--engine", choices=("torch", "paced"), help="paced: real processes and KV, pretended compute")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of weights and KV")
     parser.add_argument("--cores", metavar="LIST", help="cores for the workers, like 0,1 or 0-3 (default: all)")
@@ -95,6 +97,13 @@ def _add_serve(commands: Any) -> None:
     parser.add_argument("--port", type=int, help="port to listen on (default 8000; 0 picks a free one)")
     parser.add_argument("--journal", metavar="FOLDER", help="keep every event and decision there, for replay")
     parser.add_argument("--api-key", metavar="KEY", help="what requests must carry (better: set DIPTYCH_API_KEY)")
+    parser.add_argument(
+        "--cors-origin",
+        dest="cors_origins",
+        action="append",
+        metavar="ORIGIN",
+        help="web pages that may ask; repeatable",
+    )
     parser.add_argument("--listen", metavar="HOST:PORT", help="also take workers of other hosts that join here")
     _add_others(parser)
     parser.add_argument("--tool-parser", choices=("hermes", "llama3", "none"), help="how the model writes tool calls")
@@ -121,6 +130,7 @@ def _serve(arguments: argparse.Namespace) -> int:
     keys = (
         "model", "engine", "dtype", "host", "port", "journal", "api_key", "tool_parser", "log_format", "log_level",
         "listen", "address", "cluster_key", "key_file", "transport", "drain_timeout",
+        "served_model_name", "cors_origins",
     )  # fmt: skip
     flags = _topology(arguments) | {key: getattr(arguments, key) for key in keys}
     flags["cores"] = parse_cores(arguments.cores) if arguments.cores else None
@@ -198,8 +208,8 @@ def _add_worker(commands: Any) -> None:
 
 
 def _worker(arguments: argparse.Namespace) -> int:
-    from diptych.config import read_key
     from diptych.errors import PeerLost
+    from diptych.keys import read_key
     from diptych.policy.messages import Role
     from diptych.serve.join import join
     from diptych.units import parse_cores

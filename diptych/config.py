@@ -26,6 +26,7 @@ from msgspec import Meta
 
 from diptych.engine.paced import PacedModel
 from diptych.errors import ConfigError
+from diptych.keys import VARIABLES, cluster_key
 from diptych.linkrates import LinkRates, LinkRule, parse_rate
 from diptych.modelfacts import num_tokens
 from diptych.policy.batching import WorkerSpec
@@ -34,9 +35,6 @@ from diptych.policy.router import RouterSpec
 from diptych.units import parse_bytes
 from diptych.wording import sentence
 
-_KEY_VARIABLES = {"api_key": "DIPTYCH_API_KEY", "cluster_key": "DIPTYCH_CLUSTER_KEY"}
-"""The settings the environment may make: flags would show in process lists."""
-MIN_KEY = 16  # characters of a cluster key; whoever hears a handshake may guess for as long as they like
 DEMO = Path(__file__).parent / "demo"
 
 _WILDCARDS = ("0.0.0.0", "[::]")
@@ -98,6 +96,8 @@ class Cluster(msgspec.Struct, frozen=True, kw_only=True):
     port: int = 8000
     journal: str | None = None
     api_key: str | None = None
+    served_model_name: str | None = None
+    cors_origins: tuple[str, ...] = ()  # of web pages that may ask
     listen: str | None = None  # host:port for workers that join
     address: str | None = None  # the host by which workers elsewhere call those of this host
     cluster_key: str | None = None
@@ -175,6 +175,8 @@ class _File(_Defaults, frozen=True, kw_only=True, forbid_unknown_fields=True):
     port: _Port = 8000
     journal: str | None = None
     api_key: str | None = None
+    served_model_name: Annotated[str, Meta(min_length=1)] | None = None
+    cors_origins: tuple[str, ...] = ()
     listen: str | None = None
     address: str | None = None
     cluster_key: str | None = None
@@ -198,7 +200,7 @@ def load_cluster(path: Path | None, flags: dict[str, Any]) -> Cluster:
     """
     data: dict[str, Any] = _read(path) if path else {}
     flags = {key: value for key, value in flags.items() if value is not None}
-    for key, variable in _KEY_VARIABLES.items():
+    for key, variable in VARIABLES.items():
         if os.environ.get(variable) and (key == "api_key" or "key_file" not in data | flags):
             flags.setdefault(key, os.environ[variable])
     counts = {role: flags.pop(role.value) for role in Role if role.value in flags}
@@ -229,9 +231,11 @@ def load_cluster(path: Path | None, flags: dict[str, Any]) -> Cluster:
         port=file.port,
         journal=file.journal,
         api_key=file.api_key,
+        served_model_name=file.served_model_name,
+        cors_origins=file.cors_origins,
         listen=file.listen,
         address=file.address or (file.listen.rpartition(":")[0].strip("[]") if file.listen else None),
-        cluster_key=_key(file.cluster_key, file.key_file),
+        cluster_key=cluster_key(file.cluster_key, file.key_file),
         transport=file.transport,
         codec=file.codec,
         links=_links(file, workers),
@@ -244,11 +248,6 @@ def load_cluster(path: Path | None, flags: dict[str, Any]) -> Cluster:
         router=RouterSpec(**msgspec.structs.asdict(file.router)),
         paced=_paced(file),
     )
-
-
-def key_of(flag: str | None) -> str | None:
-    """The API key: of a flag, else of the environment."""
-    return flag if flag is not None else os.environ.get(_KEY_VARIABLES["api_key"]) or None
 
 
 def guest_of(terms: Cluster, name: str, role: Role, flags: dict[str, Any]) -> Cluster:
@@ -267,27 +266,6 @@ def guest_of(terms: Cluster, name: str, role: Role, flags: dict[str, Any]) -> Cl
         flags["drain_timeout_s"] = flags.pop("drain_timeout")
     worker = msgspec.structs.replace(terms.guest, name=name, role=role, **own)
     return msgspec.structs.replace(terms, workers=(worker,), **flags)
-
-
-def read_key(key: str | None, key_file: str | None) -> str:
-    """The cluster's key from a flag, a file or the environment; ConfigError where there is none."""
-    given = _key(key, key_file) or (None if key_file else os.environ.get(_KEY_VARIABLES["cluster_key"]))
-    if not given:
-        raise ConfigError("no cluster key: give --key-file FILE, or set DIPTYCH_CLUSTER_KEY")
-    return given
-
-
-def _key(key: str | None, key_file: str | None) -> str | None:
-    if key is not None and key_file is not None:
-        raise ConfigError("give the cluster's key, or a file that holds it, not both")
-    if key_file is not None:
-        try:
-            key = Path(key_file).expanduser().read_text().strip()
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"cannot read the cluster's key from {key_file}: {error}") from None
-    if key is not None and len(key) < MIN_KEY:
-        raise ConfigError(f"a cluster key has at least {MIN_KEY} characters, like what `openssl rand -hex 16` prints")
-    return key
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -394,5 +372,8 @@ def _check_door(file: _File) -> None:
         raise ConfigError(f"listen is {file.listen!r}; write it as host:port, like 10.0.0.1:7000")
     if file.listen is not None and file.listen.rpartition(":")[0] in _WILDCARDS and not file.address:
         raise ConfigError(f"listen is {file.listen}: say with --address by which host name or address others reach it")
+    for origin in file.cors_origins:
+        if not re.fullmatch(r"\*|https?://[^/\s]+", origin):
+            raise ConfigError(f"{origin!r} is no origin; write it like https://chat.example.org, or *")
     if not (file.stuck >= 2 or file.stuck == 0):
         raise ConfigError(f"stuck is {file.stuck}; it is a number of seconds, at least 2, or 0: never")

@@ -1,11 +1,27 @@
 """The command line: what is wrong with it is said in a line that names what to change, with status 2."""
 
+import logging
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from diptych import cli
 from diptych.config import load_cluster
+
+
+@pytest.fixture(autouse=True)
+def as_before() -> Iterator[None]:
+    """A command sets up the log and the signals of its process."""
+    root, handlers, level = logging.getLogger(), list(logging.getLogger().handlers), logging.getLogger().level
+    signals = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    root.handlers[:] = handlers
+    root.setLevel(level)
+    for number, handler in signals.items():
+        signal.signal(number, handler)
+
 
 WRONG: list[tuple[list[str], str]] = [
     (["serve", "--port", "99999"], "'port' must be at most 65535"),

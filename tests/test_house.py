@@ -82,6 +82,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "linkrates": {"errors"},
     "units": {"errors"},
     "wording": set(),
+    "keys": {"errors"},
     "modelfacts": {"policy", "errors"},
     "transfer": FACTS,
     "sim": FACTS,
@@ -90,7 +91,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "engine": FACTS | {"transfer.pool", "transfer.layout", "transfer.native.build"},
     # A paced model's costs are part of a cluster's description; the module knows neither torch nor a process. Its
     # vocabulary is, by default, that of a tokenizer.
-    "config": {"policy", "errors", "linkrates", "units", "wording", "engine.paced", "modelfacts"},
+    "config": {"policy", "errors", "linkrates", "units", "wording", "keys", "engine.paced", "modelfacts"},
     "serve": EVERYTHING - {"sim", "plan", "bench", "cli", "offline"},
     "offline": EVERYTHING - {"sim", "plan", "bench", "cli"},
     "plan": EVERYTHING - {"cli"},

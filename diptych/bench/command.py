@@ -53,8 +53,8 @@ def run(arguments: argparse.Namespace) -> int:
     from diptych.bench.rounds import check_folders, environment, write_json
     from diptych.bench.slo import parse_slo
     from diptych.bench.target import parse_target
-    from diptych.config import key_of
     from diptych.errors import ConfigError
+    from diptych.keys import key_of
 
     slo = parse_slo(arguments.slo)
     for name in ("concurrency", "vocab"):

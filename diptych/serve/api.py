@@ -19,6 +19,7 @@ import msgspec
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, Response
 from starlette.routing import Route
@@ -32,7 +33,7 @@ from diptych.serve.chat import encode_chat
 from diptych.serve.exchange import Exchange, Order
 from diptych.serve.frontend import DrainCall, Frontend, Job, Label, ModelCard
 from diptych.serve.guard import Guard
-from diptych.serve.intake import aside, check_size, read_body, wants_trace
+from diptych.serve.intake import aside, check_origin, check_size, read_body, wants_trace
 from diptych.serve.metrics import CONTENT_TYPE, Metrics
 from diptych.serve.outermost import Outermost
 from diptych.serve.records import MAX_SHOWN, NUM_KEPT
@@ -58,6 +59,7 @@ class Settings:
     retry_after_s: int = 1
     tool_parser: str | None = None  # how the model writes calls: hermes, llama3 or none; None: as its template says
     api_key: str | None = None  # what requests must carry; None: nothing
+    cors_origins: tuple[str, ...] = ()  # of web pages that may ask; "*" is all
     control_timeout_s: float = 2.0  # how long /health, /workers and /metrics wait for the router
 
 
@@ -237,6 +239,7 @@ class Api:
 
     async def drain(self, request: Request) -> Response:
         """`POST /workers/{id}/drain`: 202; 404 for a worker nobody knows, 409 for one that is needed."""
+        check_origin(request, self.settings.cors_origins)
         call = openai.decoded(_DRAIN, await self.body(request) or b"{}")
         made = self.frontend.drain(request.path_params["id"], call.timeout_s, call.force)
         return _json(await self._ask(made), 202)
@@ -294,6 +297,16 @@ def make_app(frontend: Frontend, text: Text, card: ModelCard, settings: Settings
     answer = partial(_answer_error, api.settings.retry_after_s)
     handlers: dict[Any, Any] = {DiptychError: answer, HTTPException: _answer_http, ClientDisconnect: _answer_nobody}
     around = [Middleware(Outermost)]
+    if settings.cors_origins:  # before the key is asked for: a browser's first question carries none
+        around.append(
+            Middleware(
+                CORSMiddleware,
+                allow_origins=settings.cors_origins,
+                allow_methods=["*"],
+                allow_headers=["*"],
+                expose_headers=["x-request-id"],
+            )
+        )
     if api.settings.api_key is not None:
         around.append(Middleware(Guard, key=api.settings.api_key))
     app = Starlette(routes=routes, middleware=around, exception_handlers=handlers)

@@ -217,7 +217,7 @@ async def serve(orders: process.Orders) -> None:
     """Serve HTTP until told to stop; then open requests may finish for a moment."""
     cluster = orders.cluster
     frontend = RouterFrontend()
-    settings = Settings(api_key=cluster.api_key, tool_parser=cluster.tool_parser)
+    settings = Settings(api_key=cluster.api_key, tool_parser=cluster.tool_parser, cors_origins=cluster.cors_origins)
     app = make_app(frontend, Text.load(locate(cluster.folder)), cluster_card(cluster), settings)
     await frontend.connect(orders)
     server = make_server(app, cluster.host, cluster.port)

@@ -1,6 +1,7 @@
-"""The private folder of a running cluster: its sockets, its key, signs of life. Held by whoever made it.
+"""What a cluster needs of this host: cores, files, and a private folder for sockets, its key and signs of life.
 
-Who is killed leaves it behind; the next one that starts takes such folders away. Not responsible for what is in it.
+Who is killed leaves that folder behind; the next one that starts takes such folders away. Not responsible for what is
+in it.
 """
 
 import contextlib
@@ -10,6 +11,11 @@ import shutil
 import stat
 import tempfile
 from pathlib import Path
+
+from diptych.config import Cluster
+from diptych.errors import ConfigError
+from diptych.journal import refuse_used
+from diptych.modelfacts import locate
 
 PREFIX = "diptych-"
 _LOCK = "held"
@@ -31,6 +37,23 @@ class Runtime:
         """Remove it."""
         shutil.rmtree(self.path, ignore_errors=True)
         os.close(self._file)
+
+
+def check_host(cluster: Cluster) -> None:
+    """What would otherwise be found out by a process that has just been started; raises ConfigError."""
+    have = os.sched_getaffinity(0)
+    for worker in cluster.workers:
+        if missing := set(worker.cores) - have:
+            numbers, there = (",".join(map(str, sorted(cores))) for cores in (missing, have))
+            raise ConfigError(f"{worker.name} is to have the cores {numbers}, and there are {there}")
+    if Path(cluster.folder).is_absolute() or cluster.folder.startswith(("~", ".")):
+        locate(cluster.folder)
+    if cluster.journal:
+        refuse_used(Path(cluster.journal))
+        try:
+            Path(cluster.journal).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"no journal can be kept in {cluster.journal}: {error.strerror}") from None
 
 
 def sweep() -> None:

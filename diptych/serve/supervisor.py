@@ -27,12 +27,10 @@ import msgspec
 
 from diptych.config import Cluster
 from diptych.errors import ConfigError, DiptychError
-from diptych.journal import refuse_used
-from diptych.modelfacts import locate
 from diptych.serve.channel import join_host, split_host
 from diptych.serve.liveness import Liveness
 from diptych.serve.process import WRONG, Orders, settings_of
-from diptych.serve.runtime import Runtime
+from diptych.serve.runtime import Runtime, check_host
 
 START_S = 120.0  # how long a cluster may take to be ready (loading a large model)
 STOP_S = 8.0  # how long a process may take to stop before it is killed
@@ -71,7 +69,7 @@ class Supervisor:
         self._liveness: Liveness[str] = Liveness(self.cluster.stuck_s)
 
     def __enter__(self) -> "Supervisor":
-        _check(self.cluster)
+        check_host(self.cluster)
         self._sockets = {"api": _listen(self.cluster.host, self.cluster.port, "--port")}
         self.port: int = self._sockets["api"].getsockname()[1]
         self._folder = Runtime()
@@ -262,23 +260,6 @@ def _undisturbed() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def _check(cluster: Cluster) -> None:
-    """What would otherwise be found out by a process that has just been started; raises ConfigError."""
-    have = os.sched_getaffinity(0)
-    for worker in cluster.workers:
-        if missing := set(worker.cores) - have:
-            numbers, there = (",".join(map(str, sorted(cores))) for cores in (missing, have))
-            raise ConfigError(f"{worker.name} is to have the cores {numbers}, and there are {there}")
-    if Path(cluster.folder).is_absolute() or cluster.folder.startswith(("~", ".")):
-        locate(cluster.folder)
-    if cluster.journal:
-        refuse_used(Path(cluster.journal))
-        try:
-            Path(cluster.journal).mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ConfigError(f"no journal can be kept in {cluster.journal}: {error.strerror}") from None
 
 
 def _listen(host: str, port: int, flag: str) -> socket.socket:
