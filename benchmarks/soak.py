@@ -69,6 +69,7 @@ class Crowd:
 
     random: Random
     vocab: int
+    scored: bool = False  # the engine has log-probabilities
     shared: list[list[int]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -90,7 +91,8 @@ class Crowd:
                 seed = self.random.randrange(1 << 30)
                 return Act(kind, completion(prompt, num, n=self.random.randint(2, 4), temperature=0.9, seed=seed))
             case "whole":
-                return Act(kind, completion(prompt, num, stream=False, stream_options=None, logprobs=2))
+                scores = 2 if self.scored else None
+                return Act(kind, completion(prompt, num, stream=False, stream_options=None, logprobs=scores))
             case "wrong":
                 return Act(kind, self._wrong(prompt), refused=True)
             case _:
@@ -391,7 +393,7 @@ def main() -> int:
     cluster = load_cluster(None, {"engine": arguments.engine, "kv_memory": arguments.kv_memory, **workers, **own})
     console = Console(width=max(Console().width, 110))
     with brought_up(cluster) as soak, Live(console=console, auto_refresh=False, transient=True) as live:
-        acts = Crowd(Random(arguments.seed), vocab_of(cluster))
+        acts = Crowd(Random(arguments.seed), vocab_of(cluster), cluster.engine == "torch")
         tally, last = asyncio.run(run(soak, acts, arguments.rate, arguments.minutes, arguments.every, live))
     about = rounds.environment() | {"model": model_name(cluster), "workers": workers} | _plain(arguments)
     wrong = faults(soak, tally, last) + growing(soak)

@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING, Any
 from diptych import __version__
 from diptych.bench import command as bench
 from diptych.bench import compare
-from diptych.errors import DiptychError
+from diptych.errors import ConfigError, DiptychError, ProtocolError
 from diptych.sim.load import add_load_flags, load_of
 
 if TYPE_CHECKING:
+    from diptych.config import Cluster
     from diptych.journal import Recording
 
 
@@ -31,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return status
     except DiptychError as error:
         print(f"diptych: {error}", file=sys.stderr)
-        return 2
+        return 2 if isinstance(error, ConfigError | ProtocolError) else 1  # what is wrong stays so, or what happened
     except KeyboardInterrupt:
         return 130
 
@@ -48,6 +49,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_replay(commands)
     bench.add(commands)
     compare.add(commands)
+    for each in commands.choices.values():
+        each.allow_abbrev = False  # what a flag's beginning means would change with every flag that is added
     return parser
 
 
@@ -59,10 +62,11 @@ def _add_topology(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--mixed", type=int, metavar="N", help="workers that do both")
     parser.add_argument("--chunk", type=_chunk, metavar="N|off", help="most new tokens in a step (default 512)")
     parser.add_argument("--kv-memory", metavar="SIZE", help="KV memory a worker (default 128MiB, simulated 40GiB)")
+    parser.add_argument("--max-batch", type=int, metavar="N", help="most sequences that run at once (default 256)")
 
 
 def _topology(arguments: argparse.Namespace) -> dict[str, Any]:
-    keys = ("prefill", "decode", "mixed", "chunk", "kv_memory")
+    keys = ("prefill", "decode", "mixed", "chunk", "kv_memory", "max_batch")
     return {key: getattr(arguments, key) for key in keys}
 
 
@@ -85,6 +89,7 @@ def _add_serve(commands: Any) -> None:
     parser = commands.add_parser("serve", help="serve a model", description="Serve a model until Ctrl-C.")
     _add_topology(parser)
     parser.add_argument("--model", help="a folder, a hub name, or demo (default), the bundled model")
+    parser.add_argument("--served-model-name", metavar="NAME", help="what clients call it (default: its folder's name)")
     parser.add_argument("--engine", choices=("torch", "paced"), help="paced: real processes and KV, pretended compute")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of weights and KV")
     parser.add_argument("--cores", metavar="LIST", help="cores for the workers, like 0,1 or 0-3 (default: all)")
@@ -92,6 +97,13 @@ def _add_serve(commands: Any) -> None:
     parser.add_argument("--port", type=int, help="port to listen on (default 8000; 0 picks a free one)")
     parser.add_argument("--journal", metavar="FOLDER", help="keep every event and decision there, for replay")
     parser.add_argument("--api-key", metavar="KEY", help="what requests must carry (better: set DIPTYCH_API_KEY)")
+    parser.add_argument(
+        "--cors-origin",
+        dest="cors_origins",
+        action="append",
+        metavar="ORIGIN",
+        help="web pages that may ask; repeatable",
+    )
     parser.add_argument("--listen", metavar="HOST:PORT", help="also take workers of other hosts that join here")
     _add_others(parser)
     parser.add_argument("--tool-parser", choices=("hermes", "llama3", "none"), help="how the model writes tool calls")
@@ -118,12 +130,14 @@ def _serve(arguments: argparse.Namespace) -> int:
     keys = (
         "model", "engine", "dtype", "host", "port", "journal", "api_key", "tool_parser", "log_format", "log_level",
         "listen", "address", "cluster_key", "key_file", "transport", "drain_timeout",
+        "served_model_name", "cors_origins",
     )  # fmt: skip
     flags = _topology(arguments) | {key: getattr(arguments, key) for key in keys}
     flags["cores"] = parse_cores(arguments.cores) if arguments.cores else None
     cluster = load_cluster(arguments.cluster, flags)
     set_up("supervisor", cluster.log_format, cluster.log_level)
-    _stop_on_sigterm()
+    _warn_of_leases(cluster)
+    _stop_on_signals()
     began = time.monotonic()
     names = ", ".join(f"{worker.name} ({worker.role})" for worker in cluster.workers) or "a router without workers"
     print(f"starting {names} on {cluster.model} ...", flush=True)
@@ -137,13 +151,23 @@ def _serve(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _stop_on_sigterm() -> None:
-    """SIGTERM stops a cluster as Ctrl-C does."""
+def _warn_of_leases(cluster: "Cluster") -> None:
+    shortest = min((worker.lease_s for worker in cluster.workers), default=cluster.guest.lease_s)
+    if cluster.stuck_s >= shortest:
+        what = (
+            "stuck (%g s) is not below lease (%g s): KV is given up before a worker that hangs is, so that prompts are"
+        )
+        logging.getLogger("diptych").warning(f"{what} computed again", cluster.stuck_s, shortest)
+
+
+def _stop_on_signals() -> None:
+    """SIGTERM stops a cluster as Ctrl-C does, and SIGINT also where a shell had it ignored (`serve &` in a script)."""
 
     def stop(number: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt
 
-    signal.signal(signal.SIGTERM, stop)
+    for each in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(each, stop)
 
 
 def _banner(url: str, seconds: float, joining: str | None) -> str:
@@ -184,8 +208,8 @@ def _add_worker(commands: Any) -> None:
 
 
 def _worker(arguments: argparse.Namespace) -> int:
-    from diptych.config import read_key
     from diptych.errors import PeerLost
+    from diptych.keys import read_key
     from diptych.policy.messages import Role
     from diptych.serve.join import join
     from diptych.units import parse_cores
@@ -221,7 +245,7 @@ def _add_simulate(commands: Any) -> None:
         help="a step takes A + B x new tokens + C x context tokens, seconds (8e-3,4e-5,4e-8)",
     )  # fmt: skip
     parser.add_argument("--link", default="25", metavar="RATE", help="what KV travels over: GB/s, or like 10gbe (25)")
-    parser.add_argument("--kv-bytes", type=int, default=131072, metavar="N", help="KV bytes of a token (131072)")
+    parser.add_argument("--kv-bytes", type=_positive, default=131072, metavar="N", help="KV bytes of a token (131072)")
     parser.set_defaults(command=_simulate)
 
 
@@ -233,7 +257,9 @@ def _simulate(arguments: argparse.Namespace) -> int:
     from diptych.sim.report import render, summarize
     from diptych.sim.run import run_simulation
 
-    cluster = load_cluster(arguments.cluster, {"kv_memory": "40GiB", "engine": "paced"} | _given(_topology(arguments)))
+    # No model is looked at, and none is needed.
+    flags = {"kv_memory": "40GiB", "engine": "paced", "model": "demo"} | _given(_topology(arguments))
+    cluster = load_cluster(arguments.cluster, flags)
     specs = [
         worker.spec(max(worker.kv_bytes // (worker.block_size * arguments.kv_bytes), 1)) for worker in cluster.workers
     ]
@@ -246,6 +272,12 @@ def _simulate(arguments: argparse.Namespace) -> int:
     )
     render(summarize(result, parse_slo(arguments.slo) if arguments.slo else None))
     return 0
+
+
+def _positive(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError("a number, at least 1")
+    return int(text)
 
 
 def _step_cost(text: str) -> Any:

@@ -19,21 +19,22 @@ import os
 import re
 import tomllib
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
+from msgspec import Meta
 
 from diptych.engine.paced import PacedModel
 from diptych.errors import ConfigError
+from diptych.keys import VARIABLES, cluster_key
 from diptych.linkrates import LinkRates, LinkRule, parse_rate
+from diptych.modelfacts import num_tokens
 from diptych.policy.batching import WorkerSpec
 from diptych.policy.books import RouterSpec
 from diptych.policy.messages import Role
 from diptych.units import parse_bytes
+from diptych.wording import sentence
 
-_KEY_VARIABLES = {"api_key": "DIPTYCH_API_KEY", "cluster_key": "DIPTYCH_CLUSTER_KEY"}
-"""The settings the environment may make: flags would show in process lists."""
-MIN_KEY = 16  # characters of a cluster key; whoever hears a handshake may guess for as long as they like
 DEMO = Path(__file__).parent / "demo"
 
 _WILDCARDS = ("0.0.0.0", "[::]")
@@ -45,6 +46,11 @@ LogFormat = Literal["text", "json"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 ToolFormat = Literal["hermes", "llama3", "none"]
 Quantize = Literal["int8"]
+_AtLeast0 = Annotated[int, Meta(ge=0)]
+_AtLeast1 = Annotated[int, Meta(ge=1)]
+_Port = Annotated[int, Meta(ge=0, le=65535)]
+_Seconds = Annotated[float, Meta(ge=0.0)]
+_MoreThan0 = Annotated[float, Meta(gt=0.0)]
 
 
 class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -90,6 +96,8 @@ class Cluster(msgspec.Struct, frozen=True, kw_only=True):
     port: int = 8000
     journal: str | None = None
     api_key: str | None = None
+    served_model_name: str | None = None
+    cors_origins: tuple[str, ...] = ()  # of web pages that may ask
     listen: str | None = None  # host:port for workers that join
     address: str | None = None  # the host by which workers elsewhere call those of this host
     cluster_key: str | None = None
@@ -112,19 +120,15 @@ class Cluster(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class _Paced(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    base_ms: float = 4.0
-    new_token_us: float = 50.0
-    context_token_us: float = 0.1
+    base_ms: _Seconds = 4.0
+    new_token_us: _Seconds = 50.0
+    context_token_us: _Seconds = 0.1
     kv_bytes_per_token: int = 64
-    vocab: int = 512
+    vocab: _AtLeast1 | None = None
 
-    def model(self) -> PacedModel:
+    def model(self, vocab: int) -> PacedModel:
         return PacedModel(
-            self.base_ms / 1e3,
-            self.new_token_us / 1e6,
-            self.context_token_us / 1e6,
-            self.kv_bytes_per_token,
-            self.vocab,
+            self.base_ms / 1e3, self.new_token_us / 1e6, self.context_token_us / 1e6, self.kv_bytes_per_token, vocab
         )
 
 
@@ -132,10 +136,10 @@ class _Defaults(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     dtype: Dtype | None = None
     quantize: Quantize | None = None
     chunk: int | Literal["off"] | None = None
-    block_size: int | None = None
-    max_batch: int | None = None
-    itl_budget: float | None = None  # seconds
-    lease: float | None = None  # seconds
+    block_size: _AtLeast1 | None = None
+    max_batch: _AtLeast1 | None = None
+    itl_budget: _MoreThan0 | None = None  # seconds
+    lease: _MoreThan0 | None = None  # seconds
     depth: int | None = None
     replicate: bool | None = None
     kv_memory: int | str | None = None
@@ -143,15 +147,15 @@ class _Defaults(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
 class _Worker(_Defaults, frozen=True, kw_only=True, forbid_unknown_fields=True):
     role: Role
-    count: int = 1
-    cores: tuple[int, ...] = ()
+    count: _AtLeast0 = 1
+    cores: tuple[_AtLeast0, ...] = ()
 
 
 class _Router(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     policy: Literal["round-robin", "least-loaded", "prefix-aware"] = "prefix-aware"
-    max_requests: int = 4096
-    max_queued_tokens: int | None = None
-    disaggregate_above: int = 256
+    max_requests: _AtLeast1 = 4096
+    max_queued_tokens: _AtLeast1 | None = None
+    disaggregate_above: _AtLeast0 = 256
 
 
 class _Link(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -168,9 +172,11 @@ class _File(_Defaults, frozen=True, kw_only=True, forbid_unknown_fields=True):
     model: str = "demo"
     engine: Literal["torch", "paced"] = "torch"
     host: str = "127.0.0.1"
-    port: int = 8000
+    port: _Port = 8000
     journal: str | None = None
     api_key: str | None = None
+    served_model_name: Annotated[str, Meta(min_length=1)] | None = None
+    cors_origins: tuple[str, ...] = ()
     listen: str | None = None
     address: str | None = None
     cluster_key: str | None = None
@@ -178,8 +184,8 @@ class _File(_Defaults, frozen=True, kw_only=True, forbid_unknown_fields=True):
     transport: Transport = "auto"
     codec: KvCodec = "raw"
     link: str | float | list[_Link] | None = None
-    drain_timeout: float = 300.0  # seconds
-    stuck: float = 10.0  # seconds
+    drain_timeout: _Seconds = 300.0
+    stuck: _Seconds = 10.0
     tool_parser: ToolFormat | None = None
     log_format: LogFormat = "text"
     log_level: LogLevel = "info"
@@ -194,10 +200,13 @@ def load_cluster(path: Path | None, flags: dict[str, Any]) -> Cluster:
     """
     data: dict[str, Any] = _read(path) if path else {}
     flags = {key: value for key, value in flags.items() if value is not None}
-    for key, variable in _KEY_VARIABLES.items():
+    for key, variable in VARIABLES.items():
         if os.environ.get(variable) and (key == "api_key" or "key_file" not in data | flags):
             flags.setdefault(key, os.environ[variable])
     counts = {role: flags.pop(role.value) for role in Role if role.value in flags}
+    for role, count in counts.items():
+        if count < 0:
+            raise ConfigError(f"--{role.value} is {count}; it must be at least 0")
     cores = flags.pop("cores", None)
     if counts:
         if data.get("worker"):
@@ -208,7 +217,7 @@ def load_cluster(path: Path | None, flags: dict[str, Any]) -> Cluster:
     try:
         file = msgspec.convert(data, _File)
     except msgspec.ValidationError as error:
-        raise ConfigError(f"{path or 'flags'}: {error}") from None
+        raise ConfigError(f"{path or 'flags'}: {sentence(error)[0]}") from None
     workers = _workers(file, cores)
     _check(workers, file.listen is not None)
     _check_door(file)
@@ -222,9 +231,11 @@ def load_cluster(path: Path | None, flags: dict[str, Any]) -> Cluster:
         port=file.port,
         journal=file.journal,
         api_key=file.api_key,
+        served_model_name=file.served_model_name,
+        cors_origins=file.cors_origins,
         listen=file.listen,
         address=file.address or (file.listen.rpartition(":")[0].strip("[]") if file.listen else None),
-        cluster_key=_key(file.cluster_key, file.key_file),
+        cluster_key=cluster_key(file.cluster_key, file.key_file),
         transport=file.transport,
         codec=file.codec,
         links=_links(file, workers),
@@ -235,13 +246,8 @@ def load_cluster(path: Path | None, flags: dict[str, Any]) -> Cluster:
         log_format=file.log_format,
         log_level=file.log_level,
         router=RouterSpec(**msgspec.structs.asdict(file.router)),
-        paced=file.paced.model(),
+        paced=_paced(file),
     )
-
-
-def key_of(flag: str | None) -> str | None:
-    """The API key: of a flag, else of the environment."""
-    return flag if flag is not None else os.environ.get(_KEY_VARIABLES["api_key"]) or None
 
 
 def guest_of(terms: Cluster, name: str, role: Role, flags: dict[str, Any]) -> Cluster:
@@ -262,34 +268,18 @@ def guest_of(terms: Cluster, name: str, role: Role, flags: dict[str, Any]) -> Cl
     return msgspec.structs.replace(terms, workers=(worker,), **flags)
 
 
-def read_key(key: str | None, key_file: str | None) -> str:
-    """The cluster's key from a flag, a file or the environment; ConfigError where there is none."""
-    given = _key(key, key_file) or (None if key_file else os.environ.get(_KEY_VARIABLES["cluster_key"]))
-    if not given:
-        raise ConfigError("no cluster key: give --key-file FILE, or set DIPTYCH_CLUSTER_KEY")
-    return given
-
-
-def _key(key: str | None, key_file: str | None) -> str | None:
-    if key is not None and key_file is not None:
-        raise ConfigError("give the cluster's key, or a file that holds it, not both")
-    if key_file is not None:
-        try:
-            key = Path(key_file).expanduser().read_text().strip()
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"cannot read the cluster's key from {key_file}: {error}") from None
-    if key is not None and len(key) < MIN_KEY:
-        raise ConfigError(f"a cluster key has at least {MIN_KEY} characters, like what `openssl rand -hex 16` prints")
-    return key
-
-
 def _read(path: Path) -> dict[str, Any]:
+    model = f"; a model is given with a flag: --model {path}"
     try:
         return tomllib.loads(path.read_text())
     except FileNotFoundError:
-        raise ConfigError(f"{path}: no such file") from None
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{path}: {error}") from None
+        raise ConfigError(f"{path}: no such file{'' if path.suffix == '.toml' else model}") from None
+    except IsADirectoryError:
+        raise ConfigError(f"{path} is a folder, and no cluster file{model}") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is no TOML: {error}") from None
 
 
 def _workers(file: _File, cores: list[int] | None) -> tuple[WorkerConfig, ...]:
@@ -328,10 +318,8 @@ def _worker(name: str, own: _Worker, file: _File, cores: tuple[int, ...]) -> Wor
         replicate=setting("replicate", True),
         kv_bytes=parse_bytes(setting("kv_memory", 128 << 20)),
     )
-    positive = {"chunk": config.chunk or 1, "block_size": config.block_size, "max_batch": config.max_batch}
-    for key, value in positive.items():
-        if value < 1:
-            raise ConfigError(f"{key} is {value}; it must be at least 1")
+    if config.chunk is not None and config.chunk < 1:
+        raise ConfigError(f"chunk is {config.chunk}; it must be at least 1")
     if config.depth not in (1, 2):
         raise ConfigError(f"depth is {config.depth}; one or two steps can be in flight")
     return config
@@ -359,6 +347,14 @@ def _check(workers: tuple[WorkerConfig, ...], others_join: bool) -> None:
             raise ConfigError(f"all workers of a cluster need the same {key}: their KV has to fit together")
 
 
+def _paced(file: _File) -> PacedModel:
+    """What the paced engine pretends to be. Its words are the tokenizer's, so that texts can be asked and shown."""
+    vocab = file.paced.vocab
+    if vocab is None and file.engine == "paced":
+        vocab = num_tokens(DEMO if file.model == "demo" else file.model)
+    return file.paced.model(512 if vocab is None else vocab)
+
+
 def _links(file: _File, workers: tuple[WorkerConfig, ...]) -> LinkRates:
     """How slow links are made: one rate for all, or rules, of which the last that is about a pair counts."""
     if not isinstance(file.link, list):
@@ -376,7 +372,8 @@ def _check_door(file: _File) -> None:
         raise ConfigError(f"listen is {file.listen!r}; write it as host:port, like 10.0.0.1:7000")
     if file.listen is not None and file.listen.rpartition(":")[0] in _WILDCARDS and not file.address:
         raise ConfigError(f"listen is {file.listen}: say with --address by which host name or address others reach it")
-    if not file.drain_timeout >= 0:
-        raise ConfigError(f"drain_timeout is {file.drain_timeout}; it is a number of seconds")
+    for origin in file.cors_origins:
+        if not re.fullmatch(r"\*|https?://[^/\s]+", origin):
+            raise ConfigError(f"{origin!r} is no origin; write it like https://chat.example.org, or *")
     if not (file.stuck >= 2 or file.stuck == 0):
         raise ConfigError(f"stuck is {file.stuck}; it is a number of seconds, at least 2, or 0: never")

@@ -4,9 +4,11 @@ DiptychError                    500  something went wrong on our side
 ├── BadRequest                  400  the request cannot be served as it stands; says which parameter
 │   └── NotFound                404  no such model, no such route
 ├── Unauthorized                401  the key is missing or wrong
+├── Forbidden                   403  a web page of somewhere else asks for what changes the cluster
 ├── TooSlow                     408  the body did not come in time
 ├── Conflict                    409  it would do harm as things stand; the message says how to insist
 ├── TooLarge                    413  the body is over the limit
+├── UnsupportedType             415  the body is not sent as JSON
 ├── Overloaded                  429  queues are full; try again later
 ├── Unavailable                 503  no worker can take it now
 ├── ConfigError                 500  a flag, a file or a checkpoint is wrong; the message says what to change
@@ -54,6 +56,13 @@ class Unauthorized(DiptychError):
     code = "invalid_api_key"
 
 
+class Forbidden(DiptychError):
+    """A web page of somewhere else asks for what changes the cluster."""
+
+    status = 403
+    kind = "permission_error"
+
+
 class Conflict(DiptychError):
     """What is asked for would do harm as things stand; the message says how to insist."""
 
@@ -72,6 +81,13 @@ class TooLarge(DiptychError):
     """The body is over the limit."""
 
     status = 413
+    kind = "invalid_request_error"
+
+
+class UnsupportedType(DiptychError):
+    """The body is not sent as JSON."""
+
+    status = 415
     kind = "invalid_request_error"
 
 

@@ -106,11 +106,25 @@ def read_facts(model: str | Path) -> ModelFacts:
     )
 
 
+def num_tokens(model: str | Path) -> int:
+    """How many ids the tokenizer of a checkpoint knows; it may be fewer than the model's vocabulary has."""
+    path = locate(model) / "tokenizer.json"
+    found = _read_json(path)
+    words, added = found.get("model", {}).get("vocab", {}), found.get("added_tokens", [])
+    try:
+        ids = [entry["id"] for entry in added] + (list(words.values()) if isinstance(words, dict) else [len(words) - 1])
+        return int(max(ids, default=-1)) + 1
+    except (KeyError, TypeError, ValueError):
+        raise ConfigError(f"{path} is no tokenizer that we can read") from None
+
+
 def locate(model: str | Path) -> Path:
     """The local folder of a checkpoint. A name that is no folder is looked up on the Hugging Face hub (and cached)."""
     folder = Path(model).expanduser()
     if (folder / "config.json").is_file():
         return folder
+    if not folder.exists() and str(model).startswith(("/", "./", "../", "~")):
+        raise ConfigError(f"{model}: no such folder")
     if folder.exists():
         raise ConfigError(f"{folder} has no config.json; --model wants a checkpoint folder or a hub name")
     return _download(str(model))

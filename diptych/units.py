@@ -9,7 +9,7 @@ _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 1 << 10, "MI": 1 << 2
 
 def parse_bytes(text: int | str) -> int:
     """A number of bytes: 1048576, "64MiB", "1.5GB"."""
-    match = re.fullmatch(r"\s*([0-9.]+)\s*([KMG]I?)?B?\s*", str(text).upper())
+    match = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([KMG]I?)?B?\s*", str(text).upper())
     if match is None:
         raise ConfigError(f"{text!r} is not a size; write it like 512MiB or 2GB")
     return int(float(match[1]) * _UNITS[match[2] or ""])

@@ -75,6 +75,8 @@ def test_failed_requests_fail_the_command(capsys: pytest.CaptureFixture[str]) ->
         ["http://127.0.0.1:1", "--concurrency", "0"],
         ["http://127.0.0.1:1", "--slo", "ttft"],
         ["http://127.0.0.1:1", "--trace", "nowhere.csv"],
+        ["http://127.0.0.1:1", "--out", "/nowhere/at/all.json"],
+        ["http://127.0.0.1:1", "--records", "/nowhere/at/all.jsonl"],
     ],
 )
 def test_what_cannot_be_done_is_said(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:

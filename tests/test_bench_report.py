@@ -108,5 +108,10 @@ def test_the_table_shows_it() -> None:
         console.print(tables(by_kind([record(0.0, [0.1, 0.2])], Slo(ttft=1.0)), "a title"))
     shown = capture.get()
     ttft = next(line for line in shown.splitlines() if line.startswith("│ TTFT"))
-    assert [cell.strip() for cell in ttft.split("│")[1:-1]] == ["TTFT", "100", "100", "100", "-", "-", "100", "1"]
+    assert [cell.strip() for cell in ttft.split("│")[1:-1]] == ["TTFT", "100", "-", "-", "-", "-", "100", "1"]
+    for num, expected in ((19, "----"), (20, "5---"), (100, "55--"), (200, "555-"), (1000, "5555")):
+        with console.capture() as capture:
+            console.print(tables(by_kind([record(float(i), [i + 0.005]) for i in range(num)])))
+        ttft = next(line for line in capture.get().splitlines() if line.startswith("│ TTFT"))
+        assert "".join(cell.strip()[0] for cell in ttft.split("│")[3:7]) == expected
     assert "in SLO ttft=1: 100.0%, goodput 5.00 requests/s" in shown

@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from diptych.config import Cluster, guest_of, load_cluster, read_key
+from diptych.config import Cluster, guest_of, load_cluster
 from diptych.errors import ConfigError
+from diptych.keys import read_key
 from diptych.policy.messages import Role
 
 KEY = "sixteen letters!"

@@ -82,3 +82,12 @@ def test_answers_keep_to_it_in_every_mode(temperature: float) -> None:
         assert set(said) == {"name", "legs"}
         assert said["name"] in ("fox", "dog")
         assert 0 <= said["legs"] <= 99
+
+
+def test_min_tokens_does_not_outlive_the_grammar() -> None:
+    """Its end is the answer's, and nothing invisible is written until so many tokens are there."""
+    grammar = grammar_of(Call(guided_choice=["yes"]), ModelCard("demo", 1, 1, 1, structured=True))
+    with LLM("demo", kv_memory="16MiB", mixed=1) as llm:
+        answer = llm.generate("Well?", max_tokens=60, grammar=grammar, min_new=50)
+    assert (answer.text, answer.reason) == ("yes", "stop")
+    assert len(answer.tokens) < 10

@@ -105,3 +105,14 @@ def test_a_grammar_at_its_end_may_end_early():
     only[3] = other[[3, 8]] = True
     assert shaped(row, [how], history, {0: only}).argmax() == 3
     assert shaped(row, [how], history, {0: other}).argmax() == 8
+
+
+def test_only_allowed_tokens_are_written_unless_a_grammar_leaves_none_of_them():
+    row, how, history = logits(1), Sampling(allowed_ids=(7, 9)), [([1], 1)]
+    out = shaped(row, [how], history)
+    assert (out[0] > float("-inf")).nonzero()[:, 0].tolist() == [7, 9]
+    assert torch.equal(out[0, [7, 9]], row[0, [7, 9]])
+    one, none = np.zeros(VOCAB, bool), np.zeros(VOCAB, bool)
+    one[[3, 9]] = none[3] = True
+    assert shaped(row, [how], history, {0: one}).argmax() == 9
+    assert shaped(row, [how], history, {0: none}).argmax() == 3

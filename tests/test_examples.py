@@ -75,11 +75,14 @@ def test_offline(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[
     assert capsys.readouterr().out.count("24 tokens]") == 2
 
 
-def test_compare_modes() -> None:
-    """Its flags are those that there are."""
-    *_, line = (EXAMPLES / "compare_modes.sh").read_text().splitlines()
-    words = line.replace('"$@"', "").split()
-    assert words[:2] == ["exec", "diptych"] and cli._parser().parse_args(words[2:]).rate == 14
+def test_compare_modes(tmp_path: Path) -> None:
+    """It finds its command, and its flags are those that there are."""
+    done = subprocess.run(
+        ["sh", EXAMPLES / "compare_modes.sh", "--rounds", "4"],
+        env=os.environ | {"DIPTYCH": "echo"}, cwd=tmp_path, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    arguments = cli._parser().parse_args(done.stdout.split())
+    assert (arguments.rate, arguments.rounds) == (14, 4) and (tmp_path / arguments.out).parent.is_dir()
 
 
 @pytest.mark.parametrize("file", sorted((EXAMPLES / "clusters").glob("*.toml")), ids=lambda file: file.stem)

@@ -81,14 +81,17 @@ MAY_IMPORT: dict[str, set[str]] = {
     "journal": {"policy", "errors"},
     "linkrates": {"errors"},
     "units": {"errors"},
+    "wording": set(),
+    "keys": {"errors"},
     "modelfacts": {"policy", "errors"},
     "transfer": FACTS,
     "sim": FACTS,
     # An executor computes in the pool that the transport exports: memory and its layout are the one thing they share.
     # Both have C++, and one way to compile it.
     "engine": FACTS | {"transfer.pool", "transfer.layout", "transfer.native.build"},
-    # A paced model's costs are part of a cluster's description; the module knows neither torch nor a process.
-    "config": {"policy", "errors", "linkrates", "units", "engine.paced"},
+    # A paced model's costs are part of a cluster's description; the module knows neither torch nor a process. Its
+    # vocabulary is, by default, that of a tokenizer.
+    "config": {"policy", "errors", "linkrates", "units", "wording", "keys", "engine.paced", "modelfacts"},
     "serve": EVERYTHING - {"sim", "plan", "bench", "cli", "offline"},
     "offline": EVERYTHING - {"sim", "plan", "bench", "cli"},
     "plan": EVERYTHING - {"cli"},

@@ -9,6 +9,7 @@ import random
 from pathlib import Path
 from typing import Any
 
+import httpx
 from clusters import connected, live, settled
 
 from diptych.engine.executor import Sampling
@@ -129,3 +130,14 @@ def test_two_thousand_requests_on_eight_processes(tmp_path: Path) -> None:
         outcome = replay(recording)
         assert outcome.difference is None, outcome.difference
         assert outcome.num_events > 100
+
+
+def test_texts_go_in_and_come_out_and_nothing_is_scored() -> None:
+    with live(engine="paced", kv_memory="1MiB", mixed=1) as supervisor, httpx.Client(base_url=supervisor.url) as http:
+        chat = {"messages": [{"role": "user", "content": "Tell me a story about a fox."}], "max_tokens": 5}
+        assert http.post("/v1/chat/completions", json=chat).json()["usage"]["completion_tokens"] == 5
+        for asked in ({"logprobs": 1}, {"logprobs": 0, "echo": True}, {"best_of": 2}):
+            got = http.post("/v1/completions", json={"prompt": "The fox", "max_tokens": 2} | asked)
+            error = got.json()["error"]
+            assert (got.status_code, error["code"]) == (400, "unsupported_parameter")
+            assert error["param"] == next(iter(asked))

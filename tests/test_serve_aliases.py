@@ -6,6 +6,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from diptych.serve.metrics import Metrics, Timer
+from diptych.serve.telemetry import Telemetry
 
 ROWS: list[dict[str, Any]] = [
     {"id": "d0", "running": 3, "waiting": 1, "blocks": {"free": 4, "held": 2, "reserved": 1, "cached": 1}},
@@ -28,14 +29,19 @@ def seen() -> dict[str, list[tuple[dict[str, str], float]]]:
     timer.tokens(1)
     timer.tokens(3)
     timer.end("length")
+    metrics.longest_answers.observe(4)
     Timer(metrics, 0.0, 7).end("cancelled")
     Timer(metrics, 0.0, 7).end("rejected")
     return scrape(metrics)
 
 
 @pytest.mark.parametrize(
-    "name", ["time_to_first_token_seconds", "inter_token_latency_seconds", "e2e_request_latency_seconds"]
-)
+    "name",
+    [
+        "time_to_first_token_seconds", "inter_token_latency_seconds", "e2e_request_latency_seconds",
+        "request_decode_time_seconds", "request_max_num_generation_tokens",
+    ],
+)  # fmt: skip
 @pytest.mark.parametrize("end", ["bucket", "sum", "count"])
 def test_histograms_are_the_same(seen: Any, name: str, end: str) -> None:
     ours, theirs = seen[f"diptych_{name}_{end}"], seen[f"vllm:{name}_{end}"]
@@ -60,3 +66,21 @@ def test_workers_are_engines(seen: Any) -> None:
     assert seen["vllm:num_requests_running"] == [(d0, 3)]
     assert seen["vllm:num_requests_waiting"] == [(d0, 1)]
     assert seen["vllm:kv_cache_usage_perc"] == [(d0, 3 / 8)]
+
+
+def test_an_older_name_is_there_too(seen: Any) -> None:
+    assert seen["vllm:time_per_output_token_seconds_count"] == seen["vllm:inter_token_latency_seconds_count"]
+    assert seen["vllm:request_decode_time_seconds_count"][0][1] == 1
+
+
+def test_what_the_router_measures_is_named_there_once() -> None:
+    telemetry = Telemetry()
+    telemetry.alias("tiny")
+    telemetry.prefilled(0.25, 0.5)
+    text = Metrics("tiny").expose(ROWS, telemetry.expose()).decode()
+    found = {s.name: s for family in text_string_to_metric_families(text) for s in family.samples}
+    for name, value in (("queue", 0.25), ("prefill", 0.5)):
+        sample = found[f"vllm:request_{name}_time_seconds_sum"]
+        assert (sample.labels, sample.value) == ({"model_name": "tiny", "engine": "0"}, value)
+    heads = [line for line in text.splitlines() if line.startswith("# TYPE")]
+    assert len(heads) == len(set(heads)), "no family twice"

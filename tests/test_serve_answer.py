@@ -32,7 +32,7 @@ words = st.text(alphabet="abc", min_size=1, max_size=4)
 
 @given(st.lists(st.text(alphabet="abc", max_size=5), max_size=10), st.lists(words, min_size=1, max_size=3))
 def test_stop_strings_cut_where_they_first_complete(pieces: list[str], stops: list[str]) -> None:
-    filtering, out, stopped = StopStrings(stops), "", False
+    filtering, out, stopped = StopStrings(stops), "", ""
     for piece in pieces:
         text, stopped = filtering.push(piece)
         out += text
@@ -44,11 +44,11 @@ def test_stop_strings_cut_where_they_first_complete(pieces: list[str], stops: li
 
 def test_only_what_may_begin_a_stop_string_is_held_back() -> None:
     filtering = StopStrings(["STOP"])
-    assert filtering.push("go S") == ("go ", False)
-    assert filtering.push("T") == ("", False)
-    assert filtering.push("ay") == ("STay", False)
-    assert filtering.push(" ST") == (" ", False)
-    assert filtering.push("OP here") == ("", True)
+    assert filtering.push("go S") == ("go ", "")
+    assert filtering.push("T") == ("", "")
+    assert filtering.push("ay") == ("STay", "")
+    assert filtering.push(" ST") == (" ", "")
+    assert filtering.push("OP here") == ("", "STOP")
 
 
 def answer(stops: Sequence[str] = (), **sampling: int) -> Answer:
@@ -69,6 +69,27 @@ def test_a_stop_token_that_is_a_word_is_not_shown() -> None:
     made = Answer(TEXT, Job([1], 100, Sampling(stop_ids=(word,))))
     assert made.feed(Chunk([*TEXT.encode("ab"), word], Reason.STOP)) == "ab"
     assert made.finish == "stop"
+
+
+def test_what_ended_an_answer_is_said_and_shown_where_that_is_wanted() -> None:
+    text = Text(byte_level_tokenizer(), stop_ids=(END,))
+    word = text.encode("q")[0]
+    job = Job([1], 100, Sampling(stop_ids=(END, word)))
+    for with_stop, ends, chunk, expected, why in [
+        (False, ("ll",), Chunk(text.encode("hello")), "he", "ll"),
+        (True, ("ll",), Chunk(text.encode("hello")), "hell", "ll"),
+        (False, (), Chunk([*text.encode("ab"), word], Reason.STOP), "ab", word),
+        (True, (), Chunk([*text.encode("ab"), word], Reason.STOP), "abq", word),
+        (True, ("z",), Chunk([*text.encode("ab"), END], Reason.STOP), "ab", None),
+        (True, ("z",), Chunk(text.encode("ab"), Reason.LENGTH), "ab", None),
+    ]:
+        made = Answer(text, job, ends, with_stop=with_stop)
+        assert (made.feed(chunk), made.stop_reason) == (expected, why)
+
+
+def test_a_grammar_at_its_end_ends_an_answer_before_min_tokens() -> None:
+    made = Answer(TEXT, Job([1], 100, Sampling(stop_ids=(END,), min_new=9, grammar="g")))
+    assert made.feed(Chunk([*TEXT.encode("ab"), END], Reason.STOP)) == "ab"
 
 
 def test_a_stop_token_is_not_shown_where_the_end_is_told_later() -> None:

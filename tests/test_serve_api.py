@@ -194,6 +194,8 @@ def test_looking_in(live: Live) -> None:
     live.frontend.rows = [{"id": "p0", "role": "prefill", "pid": 1, "state": "up", "running": 2, "waiting": 0}]
     assert httpx.get(f"{live.url}/workers").json() == {"workers": live.frontend.rows}
     assert httpx.get(f"{live.url}/version").json()["version"]
+    (one, alias) = httpx.get(f"{live.url}/v1/models").json()["data"]
+    assert time.time() - 600 < one["created"] == alias["created"] <= time.time(), "when it was started"
     metrics = httpx.get(f"{live.url}/metrics").text
     assert 'diptych_worker_requests_running{role="prefill",worker="p0"} 2.0' in metrics
     assert "diptych_time_to_first_token_seconds_bucket" in metrics
@@ -484,3 +486,44 @@ def test_nobody_names_workers_offers_or_blocks_from_outside(live: Live) -> None:
     assert replace(named, sampling=plain.sampling, label=plain.label) == plain and replace(
         named.sampling, seed=plain.sampling.seed
     ) == (plain.sampling)
+
+
+PAGE = "https://chat.example.org"
+
+
+@pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x"])
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/embeddings", "/tokenize", "/workers/d0/drain"])
+def test_a_body_is_json_or_says_nothing_of_what_it_is(live: Live, path: str, kind: str) -> None:
+    error = assert_envelope(httpx.post(live.url + path, content=b"{}", headers={"content-type": kind}), 415)
+    assert "application/json" in error["message"]
+    for fine in ({}, {"content-type": "application/json; charset=utf-8"}, {"content-type": "application/x+json"}):
+        assert httpx.post(live.url + path, content=b"{}", headers=fine).status_code in (202, 400)
+
+
+def test_a_web_page_of_another_origin_gets_nothing(live: Live) -> None:
+    url = f"{live.url}/workers/d0/drain"
+    assert_envelope(httpx.post(url, headers={"origin": PAGE}), 403)
+    assert_envelope(httpx.post(url, headers={"origin": "null"}), 403)
+    assert httpx.post(url, headers={"origin": live.url}).status_code == 202
+    asked = {"origin": PAGE, "access-control-request-method": "POST", "access-control-request-headers": "content-type"}
+    reply = httpx.options(f"{live.url}/v1/chat/completions", headers=asked)
+    assert reply.status_code == 405 and "access-control-allow-origin" not in reply.headers
+
+
+def test_origins_that_are_let_in(text: Text) -> None:
+    """The browser's question before a request carries no key."""
+    with serving(text, settings=Settings(cors_origins=(PAGE,), api_key="sesame")) as live:
+        asked = {
+            "origin": PAGE,
+            "access-control-request-method": "POST",
+            "access-control-request-headers": "content-type",
+        }
+        reply = httpx.options(f"{live.url}/v1/completions", headers=asked)
+        assert (reply.status_code, reply.headers["access-control-allow-origin"]) == (200, PAGE)
+        other = httpx.options(f"{live.url}/v1/completions", headers=asked | {"origin": "https://other.org"})
+        assert "access-control-allow-origin" not in other.headers
+        headers = {"origin": PAGE, "authorization": "Bearer sesame"}
+        body = {"prompt": "hello", "max_tokens": 2, "stream": True}
+        got = httpx.post(f"{live.url}/v1/completions", json=body, headers=headers)
+        assert (got.headers["access-control-allow-origin"], events(got)[-1]) == (PAGE, "[DONE]")
+        assert httpx.post(f"{live.url}/workers/d0/drain", headers=headers).status_code == 202

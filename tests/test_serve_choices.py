@@ -84,6 +84,8 @@ def test_siblings_wait_until_the_prompt_is_computed() -> None:
         assert got["usage"]["prompt_tokens"] == num, "one prompt, however many answers"
         assert got["usage"]["completion_tokens"] == 15
         assert got["usage"]["prompt_tokens_details"] == {"cached_tokens": 16}
+        metrics = httpx.get(f"{live.url}/metrics").text
+        assert "diptych_request_max_num_generation_tokens_sum 5.0" in metrics, "the longest of them, once"
 
 
 def test_a_refusal_of_the_first_is_the_answer_to_all() -> None:
@@ -122,7 +124,7 @@ class _Plain:
 
     source = PROMPT
 
-    def render(self, *args: Any) -> str:
+    def render(self, *args: Any, **ending: Any) -> str:
         return PROMPT
 
 

@@ -82,6 +82,15 @@ def test_a_path_of_a_strangers_making_is_not_taken_over() -> None:
     assert (line["route"], line["status"]) == ("-", 404)
 
 
+def test_what_a_client_puts_into_a_path_is_not_in_its_line() -> None:
+    def look(url: str) -> None:
+        httpx.get(f"{url}/requests/secret/more")
+        httpx.post(f"{url}/workers/secret/drain")
+
+    lines = lines_after(FakeFrontend(), look, 2)
+    assert [line["route"] for line in lines] == ["/requests/{id}", "/workers/{id}/drain"]
+
+
 def test_probes_leave_no_lines() -> None:
     def probe(url: str) -> None:
         httpx.get(f"{url}/health")

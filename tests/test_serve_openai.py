@@ -188,10 +188,21 @@ def test_prompts_of_wrong_ids(tokens: list[int]) -> None:
 
 @pytest.mark.parametrize("tokens", [[-1], [50]])
 def test_ids_outside_the_vocabulary(tokens: list[int]) -> None:
-    for name, value in (("stop_token_ids", tokens), ("logit_bias", {str(token): 1 for token in tokens})):
+    for name, value in (
+        ("stop_token_ids", tokens),
+        ("allowed_token_ids", tokens),
+        ("logit_bias", {str(token): 1 for token in tokens}),
+    ):
         with pytest.raises(BadRequest) as caught:
             openai.check_ids(completion(**{name: value}), CARD)
         assert caught.value.param == name
+
+
+def test_a_prompt_that_is_only_echoed_may_fill_the_context() -> None:
+    alone = completion(echo=True, max_tokens=0)
+    assert openai.max_new(alone, 100, CARD, chat=False) == 0
+    with pytest.raises(BadRequest):
+        openai.max_new(alone, 101, CARD, chat=False)
 
 
 @pytest.mark.parametrize(("num_prompt", "asked"), [(100, None), (101, 1), (90, 11)])

@@ -44,6 +44,8 @@ def test_both_waterfalls_add_up() -> None:
     records = Records()
     record = handed_over(records)
     (open_,) = records.find(10.2, "cmpl-1")
+    assert records.telemetry.registry.get_sample_value("diptych_request_queue_time_seconds_sum") == 0.02
+    assert records.telemetry.registry.get_sample_value("diptych_request_prefill_time_seconds_count") == 1
     assert open_["state"] == "running" and open_["ttft"] == {
         "seen_by": "router",
         "us": 120_000,

@@ -123,7 +123,7 @@ def test_classes() -> None:
 
 
 BAD: list[tuple[str, dict[str, Any], int, str | None]] = [
-    ("/v1/embeddings", {}, 400, None),
+    ("/v1/embeddings", {}, 400, "input"),
     ("/v1/embeddings", {"input": ""}, 400, "input"),
     ("/v1/embeddings", {"input": []}, 400, "input"),
     ("/v1/embeddings", {"input": ["a", ""]}, 400, "input"),
@@ -141,7 +141,7 @@ BAD: list[tuple[str, dict[str, Any], int, str | None]] = [
     ("/v1/score", {"text_1": ["a", "b"], "text_2": ["c", "d", "e"]}, 400, "text_1"),
     ("/v1/rerank", {"query": "a", "documents": []}, 400, "documents"),
     ("/v1/rerank", {"query": "", "documents": ["b"]}, 400, "query"),
-    ("/v1/rerank", {"query": "a", "documents": [{"title": "b"}]}, 400, "documents[0]"),
+    ("/v1/rerank", {"query": "a", "documents": [{"title": "b"}]}, 400, "documents[0].text"),
     ("/v1/rerank", {"query": "a", "documents": ["b"], "top_n": -1}, 400, "top_n"),
     ("/v1/rerank", {"query": "a", "documents": ["b"], "max_tokens_per_doc": 9}, 400, "max_tokens_per_doc"),
     ("/v1/classify", {"input": "a"}, 400, "model"),

@@ -20,7 +20,15 @@ def grammar(card: ModelCard = CARD, **fields: Any) -> str:
     return grammar_of(openai.parse(json.dumps({"prompt": "hi", **fields}).encode(), chat=False), card)
 
 
-@pytest.mark.parametrize("fields", [{}, {"response_format": {"type": "text"}}, {"structured_outputs": {"json": None}}])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"response_format": {"type": "text"}},
+        {"structured_outputs": {"json": None}},
+        {"structured_outputs": {"json_object": False}},
+    ],
+)
 def test_nothing_is_asked(fields: dict[str, Any]) -> None:
     assert grammar(PLAIN, **fields) == ""
 
@@ -32,6 +40,9 @@ ASKED: list[dict[str, Any]] = [
     {"structured_outputs": {"regex": "[a-z]+"}},
     {"guided_json": json.dumps(SCHEMA)},
     {"guided_regex": "(yes|no)"},
+    {"guided_grammar": 'start: "yes" | "no"'},
+    {"structured_outputs": {"grammar": 'root ::= "yes" | [0-9]+'}},
+    {"structured_outputs": {"json_object": True}},
     {"guided_choice": ["yes", 'no (or "maybe")', "né 🦊 \\ a|b"]},
 ]
 
@@ -60,6 +71,12 @@ def test_a_server_that_cannot_says_so(fields: dict[str, Any]) -> None:
         {"guided_regex": "(a"},
         {"guided_choice": []},
         {"guided_choice": [""]},
+        {"guided_json": {"$ref": "#"}},
+        {"guided_grammar": ""},
+        {"guided_grammar": "start: start"},
+        {"guided_grammar": "start: <|im_end|>"},
+        {"guided_grammar": "root ::= (("},
+        {"guided_grammar": 'root ::= "a" ' * 10_000},
         {"structured_outputs": {"poem": "a haiku"}},
         {"guided_regex": "a", "guided_choice": ["a"]},
         {"guided_regex": "a" * 70_000},

@@ -34,6 +34,34 @@ def test_same_as_transformers(source: str, tools: list | None) -> None:
     assert ChatTemplate(source, specials).render(HELLO, tools, {"thinking": False}) == expected
 
 
+ENDINGS = {
+    "blanks are kept": "{% for m in messages %}<{{ m.role }}>{{ m.content }}</>{% endfor %}",
+    "blanks are cut": "{% for m in messages %}<{{ m.role }}>{{ m.content | trim }}</>{% endfor %}",
+    "with a cue": "{% for m in messages %}{{ m.content }}|{% endfor %}{% if add_generation_prompt %}you:{% endif %}",
+}
+
+
+@pytest.mark.parametrize("source", ENDINGS.values(), ids=ENDINGS.keys())
+@pytest.mark.parametrize("said", ["The fox", "The fox ", "hello"])
+@pytest.mark.parametrize("cue", [True, False])
+def test_the_last_message_is_continued_as_in_transformers(source: str, said: str, cue: bool) -> None:
+    chat = pytest.importorskip("transformers.utils.chat_template_utils")
+    messages = [*HELLO, {"role": "assistant", "content": said}]
+    template = ChatTemplate(source)
+    for go_on in (True, False):
+        (expected,), _ = chat.render_jinja_template(
+            [messages], chat_template=source, continue_final_message=go_on, add_generation_prompt=cue and not go_on
+        )
+        assert template.render(messages, cue=cue, go_on=go_on) == expected
+    assert messages[1]["content"] == said
+
+
+def test_what_a_template_does_not_show_cannot_be_continued() -> None:
+    with pytest.raises(BadRequest) as caught:
+        ChatTemplate("{{ messages[0].role }}").render(HELLO, go_on=True)
+    assert caught.value.param == "continue_final_message"
+
+
 def test_content_may_be_a_list_of_texts() -> None:
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
     assert flatten({"role": "user", "content": parts}, 0) == {"role": "user", "content": "a\nb"}

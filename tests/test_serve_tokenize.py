@@ -39,6 +39,19 @@ def test_a_chat(live: Live) -> None:
 
 
 @pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"add_generation_prompt": False}, "<|user|>hello<|end|>"),
+        ({"continue_final_message": True}, "<|user|>hello"),
+        ({"continue_final_message": True, "add_generation_prompt": False}, "<|user|>hello"),
+    ],
+)
+def test_where_a_chat_ends(live: Live, fields: dict[str, Any], expected: str) -> None:
+    got = post(live, "/tokenize", messages=[{"role": "user", "content": "hello"}], **fields).json()
+    assert post(live, "/detokenize", tokens=got["tokens"]).json()["prompt"] == expected
+
+
+@pytest.mark.parametrize(
     ("path", "body", "status", "param"),
     [
         ("/tokenize", {}, 400, "prompt"),
@@ -46,7 +59,7 @@ def test_a_chat(live: Live) -> None:
         ("/tokenize", {"prompt": 5}, 400, "prompt"),
         ("/tokenize", {"prompt": "a", "model": "other"}, 404, "model"),
         ("/tokenize", {"messages": [{"content": "a"}]}, 400, "messages[0].role"),
-        ("/detokenize", {}, 400, None),
+        ("/detokenize", {}, 400, "tokens"),
         ("/detokenize", {"tokens": [10**6]}, 400, "tokens"),
         ("/detokenize", {"tokens": ["a"]}, 400, "tokens[0]"),
     ],

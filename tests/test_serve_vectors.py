@@ -96,3 +96,16 @@ def test_requests_do_not_wait_for_each_other() -> None:
         assert live.wait_until(lambda: len(live.frontend.jobs) >= WINDOW)
         assert httpx.post(f"{live.url}/v1/embeddings", json={"input": "short"}).status_code == 200
         gone.join()
+
+
+@pytest.mark.parametrize(
+    ("path", "body"), [("embeddings", {"input": "fox"}), ("score", {"text_1": "a", "text_2": "b"})]
+)
+def test_they_are_found_by_the_id_of_their_reply(path: str, body: dict[str, Any]) -> None:
+    with serving(TEXT, FakeFrontend(pooling)) as live:
+        plain = httpx.post(f"{live.url}/v1/{path}", json=body).json()
+        traced = httpx.post(f"{live.url}/v1/{path}", json=body, headers={"X-Diptych-Trace": "1"}).json()
+        assert "diptych" not in plain
+        found = httpx.get(f"{live.url}/requests/{plain['id']}").json()["requests"]
+        assert {one["id"] for one in found} == {plain["id"]} and len(found) == len(live.frontend.jobs) / 2
+        assert {one["id"] for one in traced["diptych"]["trace"]} == {traced["id"]}

@@ -59,7 +59,7 @@ def test_a_closed_loop_heeds_no_time() -> None:
 
 
 def test_it_can_be_said_in_words() -> None:
-    assert str(given()) == "2 chats/s, prompt 64-200, answer 16 tokens"
+    assert str(given()) == "2 requests/s, prompt 64-200, answer 16 tokens"
     assert "burstiness 0.5" in str(given("--burstiness", "0.5"))
     assert "every 2 s" in str(given("--long-every", "2"))
     assert str(given("--trace", "x.csv", "--max-prompt", "9")) == "x.csv, times x 1, lengths x 1, prompts up to 9"

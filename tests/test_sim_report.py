@@ -119,3 +119,13 @@ def test_it_can_be_shown() -> None:
     out = StringIO()
     render(summarize(result(stream(1.0, 1.5, paired=True))), Console(file=out, width=100))
     assert "handover gap" in out.getvalue() and "m 50%" in out.getvalue() and "500.0" in out.getvalue()
+
+
+def test_it_says_why_requests_were_turned_away_and_of_goodput_only_what_was_asked() -> None:
+    away = [stream(1.0) for _ in range(2)]
+    for one in away:
+        one.status, one.why = "rejected", "no room"
+    for slo, shown in ((None, False), (Limits(ttft=1.0), True)):
+        out = StringIO()
+        render(summarize(result(stream(1.0, 1.5), *away), slo), Console(file=out, width=100))
+        assert "2 x rejected: no room" in out.getvalue() and ("goodput" in out.getvalue()) == shown

@@ -57,7 +57,6 @@ def draw(path: Path, found: Found, about: dict[str, Any]) -> None:
     figure.axes[0].legend()
     what = "requests" if focus == "all" else f"{focus}s"
     figure.suptitle(f"{what}: {about['load']}\n{about['engine']} engine, {about['model']}", fontsize=9)
-    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
 
 

@@ -50,16 +50,17 @@ def run(arguments: argparse.Namespace) -> int:
     from rich.console import Console
 
     from diptych.bench.report import by_kind, tables
-    from diptych.bench.rounds import environment, write_json
+    from diptych.bench.rounds import check_folders, environment, write_json
     from diptych.bench.slo import parse_slo
     from diptych.bench.target import parse_target
-    from diptych.config import key_of
     from diptych.errors import ConfigError
+    from diptych.keys import key_of
 
     slo = parse_slo(arguments.slo)
     for name in ("concurrency", "vocab"):
         if getattr(arguments, name) is not None and getattr(arguments, name) < 1:
             raise ConfigError(f"--{name} is at least 1")
+    check_folders(arguments.out, arguments.records)
     load = load_of(arguments, seconds=SECONDS)
     key = key_of(arguments.api_key)
     target = parse_target(arguments.url, key=key, chat=arguments.chat, model=arguments.model).asked()
@@ -128,6 +129,5 @@ def _write_records(path: Path, records: "list[Record]") -> None:
     from diptych.bench.report import row
 
     start_s = min((record.due_s for record in records), default=0.0)
-    path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("wb") as file:
         file.writelines(msgspec.json.encode(row(record, start_s)) + b"\n" for record in records)

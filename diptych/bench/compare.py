@@ -63,6 +63,7 @@ def run(arguments: argparse.Namespace) -> int:
     from diptych.bench.slo import parse_slo
 
     modes = _modes(arguments)
+    rounds.check_folders(arguments.out, arguments.chart)
     if arguments.chart:
         chart.check(arguments.chart)  # before minutes are spent
     load = load_of(arguments, seconds=SECONDS)
@@ -88,6 +89,7 @@ def cluster_of(mode: str, arguments: argparse.Namespace) -> "Cluster":
 
     cores = parse_cores(arguments.cores) if arguments.cores else None
     flags: dict[str, Any] = {"engine": arguments.engine, "cores": cores, "port": 0, "kv_memory": arguments.kv_memory}
+    flags["log_level"] = "warning"  # what is printed is the comparison
     prefill = _num_prefill(arguments)
     match mode:
         case "unified":

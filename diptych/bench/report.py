@@ -2,7 +2,8 @@
 
 TTFT: from when the request should have been sent to its first token, so that a client that lags hides nothing. ITL:
 gap between two tokens of one answer as they came. Second: the gap between token 1 and token 2, where a handover shows.
-TPOT: an answer's mean gap. A quantile is shown only where there are samples for it: p95 from 200 on, p99 from 1,000.
+TPOT: an answer's mean gap. A quantile is shown only where ten samples lie beyond it: p50 from 20 on, p90 from 100, p95
+from 200, p99 from 1,000.
 Not responsible for comparing servers (`rounds.py`).
 """
 
@@ -19,12 +20,12 @@ from rich.table import Table
 from diptych.bench.client import Record
 from diptych.bench.slo import Slo
 
-ENOUGH_FOR_P95, ENOUGH_FOR_P99 = 200, 1000  # ten samples lie beyond
+ENOUGH = {"p50": 20, "p90": 100, "p95": 200, "p99": 1000}  # samples, of which ten lie beyond
 WORST_SHARE = 0.01
 
 
 class Latency(msgspec.Struct, frozen=True):
-    """A distribution, in seconds. Quantiles interpolate linearly between samples."""
+    """A distribution, in seconds. Quantiles interpolate linearly; p95 and p99 where there are enough samples."""
 
     num: int = 0
     mean: float | None = None
@@ -76,7 +77,7 @@ def latency(samples: Sequence[float]) -> Latency:
         return Latency()
     p50, p90, p95, p99 = (float(q) for q in np.percentile(samples, (50, 90, 95, 99)))
     num = len(samples)
-    tail = p95 if num >= ENOUGH_FOR_P95 else None, p99 if num >= ENOUGH_FOR_P99 else None
+    tail = p95 if num >= ENOUGH["p95"] else None, p99 if num >= ENOUGH["p99"] else None
     return Latency(num, float(np.mean(samples)), p50, p90, *tail, max(samples))
 
 
@@ -195,7 +196,7 @@ def tables(summaries: dict[str, Summary], title: str = "") -> Group:
         prefix = f"{kind}: " if len(summaries) > 1 else ""
         for name in ("ttft", "second", "itl", "tpot", "e2e"):
             found: Latency = getattr(summary, name)
-            cells = (ms(getattr(found, column)) for column in COLUMNS)
+            cells = (ms(getattr(found, column) if found.num >= ENOUGH.get(column, 1) else None) for column in COLUMNS)
             shown.add_row(f"{prefix}{NAMES[name]}", *cells, str(found.num), end_section=name == "e2e")
     return Group(shown, *(line for kind, summary in summaries.items() for line in _lines(kind, summary)))
 

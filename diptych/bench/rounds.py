@@ -18,6 +18,8 @@ import msgspec
 from rich.console import Console
 from rich.table import Table
 
+from diptych.errors import ConfigError
+
 
 class Spread(msgspec.Struct, frozen=True):
     """The median of some rounds, the least and the most."""
@@ -82,6 +84,13 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[str]], title: str
     for row in rows:
         table.add_row(*row)
     Console(width=max(Console().width, 120)).print(table)
+
+
+def check_folders(*paths: Path | None) -> None:
+    """ConfigError, before minutes are spent, where a file is to be in a folder that is not there."""
+    for path in paths:
+        if path is not None and not path.parent.is_dir():
+            raise ConfigError(f"{path}: there is no folder {path.parent}")
 
 
 def write_json(path: Path, value: Any) -> None:

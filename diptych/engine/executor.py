@@ -45,6 +45,7 @@ class Sampling:
     presence_penalty: _Shift = 0.0
     frequency_penalty: _Shift = 0.0
     logit_bias: tuple[tuple[_Id, _Shift], ...] = ()  # (token id, what is added to its logit), each id once
+    allowed_ids: tuple[_Id, ...] = ()  # no other token is written; () is any
     logprobs: _Top = -1  # report each new token's log-probability, and those of so many most likely ones; -1 is off
     grammar: str = ""  # what the answer must be, in llguidance's form; "" is anything
     prompt_logprobs: _Top = -1  # the same for the tokens of the prompt that are computed

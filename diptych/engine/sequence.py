@@ -58,10 +58,13 @@ class Sequence:
     num_pooled: int = 0  # of so many tokens
 
     def append_sampled(self, token: int) -> bool:
-        """Take a sampled token; True where it ends the sequence (a stop id, and `min_new` tokens were written)."""
+        """Take a sampled token; True where it ends the sequence: a stop id, and `min_new` tokens were written.
+
+        Before that a grammar alone has one written: where it is at its end (`shaping.py`).
+        """
         self.tokens.append(token)
-        num_new = len(self.tokens) - self.num_prompt
-        return token in self.sampling.stop_ids and num_new >= self.sampling.min_new
+        how, num_new = self.sampling, len(self.tokens) - self.num_prompt
+        return token in how.stop_ids and (num_new >= how.min_new or bool(how.grammar))
 
 
 @dataclass(frozen=True, slots=True)

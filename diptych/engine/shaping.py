@@ -30,7 +30,7 @@ def shaped(
     histories: Sequence[History],
     masks: Mapping[int, NDArray[np.bool_]] = _NO_MASKS,
 ) -> Tensor:
-    """Logits [rows, vocab] with bias, then penalties, then masks (by row, False is excluded), then no early end.
+    """Logits [rows, vocab] with bias, then penalties, then what masks (by row) and allowed ids leave, and no early end.
 
     float32 where anything was done, otherwise what came in.
 
@@ -46,6 +46,9 @@ def shaped(
     _apply(out, sampling, histories, _written, torch.sub)
     for row, mask in masks.items():
         out[row].masked_fill_(torch.from_numpy(~mask).to(out.device), float("-inf"))
+    for row, how in enumerate(sampling):
+        if how.allowed_ids:
+            _keep(out[row], list(how.allowed_ids))
     for row, (how, history) in enumerate(zip(sampling, histories, strict=True)):
         if _is_early(how, history):
             _hold_off(out[row], list(how.stop_ids))
@@ -53,12 +56,21 @@ def shaped(
 
 
 def _asks(how: Sampling) -> bool:
-    return bool(how.logit_bias or how.repetition_penalty != 1.0 or how.presence_penalty or how.frequency_penalty)
+    penalised = how.repetition_penalty != 1.0 or how.presence_penalty or how.frequency_penalty
+    return bool(how.logit_bias or how.allowed_ids or penalised)
 
 
 def _is_early(how: Sampling, history: History) -> bool:
     """A stop token may not be written yet."""
     return bool(how.min_new and how.stop_ids) and len(history[0]) - history[1] < how.min_new
+
+
+def _keep(row: Tensor, ids: list[int]) -> None:
+    """Exclude all other tokens, unless a grammar left none of these: then it has its way."""
+    kept = row[ids]
+    if bool((kept > float("-inf")).any()):
+        row.fill_(float("-inf"))
+        row[ids] = kept
 
 
 def _hold_off(row: Tensor, stop_ids: list[int]) -> None:

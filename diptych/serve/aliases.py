@@ -24,10 +24,11 @@ class Collects(Protocol):
 
 
 class Aliases:
-    """Collector of the aliases. `rows` are those of `Frontend.workers()`."""
+    """Collector of the aliases. `rows` are those of `Frontend.workers()`; without `of_workers` nobody has any."""
 
-    def __init__(self, model: str, originals: Mapping[str, Collects]):
+    def __init__(self, model: str, originals: Mapping[str, Collects], of_workers: bool = True):
         self.rows: Sequence[Mapping[str, Any]] = ()
+        self._of_workers = of_workers
         self._model = model
         self._originals = originals
 
@@ -40,6 +41,10 @@ class Aliases:
         for name, original in self._originals.items():
             for metric in original.collect():
                 yield self._renamed(f"vllm:{name}", metric)
+        if self._of_workers:
+            yield from self._gauges()
+
+    def _gauges(self) -> Iterable[Metric]:
         yield self._gauge("vllm:num_requests_running", "Requests in the batch", lambda row: row.get("running"))
         yield self._gauge("vllm:num_requests_waiting", "Requests not yet in the batch", lambda row: row.get("waiting"))
         yield self._gauge("vllm:kv_cache_usage_perc", "KV blocks in use; 1 is all of them", _usage)

@@ -15,25 +15,30 @@ from diptych.serve.text import Detokenizer, Text
 
 
 class StopStrings:
-    """Cuts a growing text before the stop string that is complete first, however the text is cut into pieces."""
+    """Cuts a growing text before the stop string that is complete first, however the text is cut into pieces.
 
-    __slots__ = ("_held", "_stops")
+    with_stop: behind it.
+    """
 
-    def __init__(self, stops: Sequence[str]):
+    __slots__ = ("_held", "_stops", "_with_stop")
+
+    def __init__(self, stops: Sequence[str], with_stop: bool = False):
         self._stops = tuple(stops)
+        self._with_stop = with_stop
         self._held = ""
 
-    def push(self, text: str) -> tuple[str, bool]:
-        """The text that is certainly part of the answer, and whether a stop string ended it."""
+    def push(self, text: str) -> tuple[str, str]:
+        """The text that is certainly part of the answer, and the stop string that ended it ("": none did)."""
         text = self._held + text
         hits = [(at + len(stop), at) for stop in self._stops if (at := text.find(stop)) >= 0]
         if hits:
             self._held = ""
-            return text[: min(hits)[1]], True
+            end, at = min(hits)
+            return text[: end if self._with_stop else at], text[at:end]
         keep = max((_overlap(text, stop) for stop in self._stops), default=0)
         cut = len(text) - keep
         self._held = text[cut:]
-        return text[:cut], False
+        return text[:cut], ""
 
     def flush(self) -> str:
         """What was held back, once no more text can come."""
@@ -56,21 +61,32 @@ class Answer:
 
     `ended` says that the router has spoken its last word on it: before that, leaving it means cancelling it.
     `taken` and `scores` are the tokens that the last chunk added, also those that are no text (yet). A `silent` answer
-    shows nothing: its prompt was all that was asked for. `shown`: special tokens that are text all the same.
+    shows nothing: its prompt was all that was asked for. `shown`: special tokens that are text all the same. with_stop:
+    what ended the text is part of it. `stop_reason`, as vLLM has it: the stop string or id that was asked for and hit.
     """
 
     __slots__ = (
-        "_detokenizer", "_min_new", "_silent", "_stop_ids", "_stops",
-        "cached", "ended", "finish", "num_tokens", "prompt_scores", "scores", "taken",
+        "_detokenizer", "_ends", "_held_to", "_min_new", "_silent", "_stop_ids", "_stops", "_with_stop",
+        "cached", "ended", "finish", "num_tokens", "prompt_scores", "scores", "stop_reason", "taken",
     )  # fmt: skip
 
     def __init__(
-        self, text: Text, job: Job, stops: Sequence[str] = (), silent: bool = False, shown: Sequence[str] = ()
+        self,
+        text: Text,
+        job: Job,
+        stops: Sequence[str] = (),
+        silent: bool = False,
+        shown: Sequence[str] = (),
+        with_stop: bool = False,
     ):
         self._detokenizer = Detokenizer(text, shown)
-        self._stops = StopStrings(stops) if stops else None
+        self._stops = StopStrings(stops, with_stop) if stops else None
+        self._with_stop = with_stop
+        self._ends = text.stop_ids
+        self.stop_reason: str | int | None = None
         self._stop_ids = job.sampling.stop_ids
         self._min_new = job.sampling.min_new
+        self._held_to = bool(job.sampling.grammar)  # which may be at its end before that
         self._silent = silent
         self.taken: list[int] = []
         self.scores: Sequence[Score] = ()
@@ -110,8 +126,13 @@ class Answer:
         for token in chunk.tokens:  # one by one: what was written after the stop string does not count
             self.num_tokens += 1
             self.taken.append(token)
-            if token in self._stop_ids and self.num_tokens >= self._min_new:
-                break  # it ended the answer on the worker too: written, and not part of the text
+            if token in self._stop_ids and (self._held_to or self.num_tokens >= self._min_new):
+                # It ended the answer on the worker too: written, and not part of the text.
+                if token not in self._ends:
+                    self.stop_reason = token
+                if self._with_stop:
+                    text += self._filter(self._detokenizer.push((token,)))
+                break
             text += self._filter(self._detokenizer.push((token,)))
             if self.finish is not None:
                 break
@@ -123,5 +144,5 @@ class Answer:
             return text
         text, stopped = self._stops.push(text)
         if stopped:
-            self.finish = "stop"
+            self.finish, self.stop_reason = "stop", stopped
         return text

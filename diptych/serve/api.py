@@ -19,6 +19,7 @@ import msgspec
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
 from starlette.middleware.errors import ServerErrorMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, Response
@@ -29,10 +30,11 @@ from diptych.engine.executor import Sampling
 from diptych.errors import BadRequest, DiptychError, NotFound, Overloaded, Unavailable
 from diptych.serve import openai
 from diptych.serve.calls import Format
+from diptych.serve.chat import encode_chat
 from diptych.serve.exchange import Exchange, Order
 from diptych.serve.frontend import DrainCall, Frontend, Job, Label, ModelCard
 from diptych.serve.guard import Guard
-from diptych.serve.intake import aside, check_size, read_body
+from diptych.serve.intake import aside, check_origin, check_size, read_body, wants_trace
 from diptych.serve.metrics import CONTENT_TYPE, Metrics
 from diptych.serve.outermost import Outermost
 from diptych.serve.records import MAX_SHOWN, NUM_KEPT
@@ -44,8 +46,6 @@ from diptych.serve.tokenize import detokenize, tokenize
 from diptych.serve.tools import check_tools, format_of, grammar_of_calls, shown
 
 T = TypeVar("T")
-
-TRACE = "x-diptych-trace"  # asks for the records of a request in its reply
 
 _DRAIN = msgspec.json.Decoder(DrainCall)
 
@@ -60,6 +60,7 @@ class Settings:
     retry_after_s: int = 1
     tool_parser: str | None = None  # how the model writes calls: hermes, llama3 or none; None: as its template says
     api_key: str | None = None  # what requests must carry; None: nothing
+    cors_origins: tuple[str, ...] = ()  # of web pages that may ask; "*" is all
     control_timeout_s: float = 2.0  # how long /health, /workers and /metrics wait for the router
 
 
@@ -92,6 +93,7 @@ class Api:
         openai.check_model(call.model, self.card)
         openai.check_writes(self.card)
         openai.check_ids(call, self.card)
+        openai.check_scored(call, self.card)
         prompts = [await self._encode_chat(call)] if chat else await self._encode_prompts(call)
         if len(prompts) * openai.num_answers(call) > self.settings.max_prompts:
             raise BadRequest(f"at most {self.settings.max_prompts} answers in one request", "n")
@@ -117,7 +119,8 @@ class Api:
             calls=self.calls if chat and shown(call) else None,
             echoes=tuple(self._echoed(call, prompts)),
             silent=openai.writes_nothing(call),
-            traced=bool(call.diptych_trace) or request.headers.get(TRACE, "0").lower() not in ("", "0", "false"),
+            traced=bool(call.diptych_trace) or wants_trace(request),
+            with_stop=bool(call.include_stop_str_in_output),
             ident=ident,
             model=call.model or self.card.name,
             created=int(time.time()),
@@ -133,8 +136,7 @@ class Api:
         assert call.messages is not None
         size = sum(len(str(message.get("content"))) for message in call.messages)
         self._check_size(size, "messages")
-        encode = partial(self.text.encode_chat, call.messages, shown(call), call.chat_template_kwargs)
-        return await aside(size, encode)
+        return await aside(size, partial(encode_chat, call, shown(call), self.text))
 
     async def _encode_prompts(self, call: openai.Call) -> list[list[int]]:
         found = []
@@ -238,6 +240,7 @@ class Api:
 
     async def drain(self, request: Request) -> Response:
         """`POST /workers/{id}/drain`: 202; 404 for a worker nobody knows, 409 for one that is needed."""
+        check_origin(request, self.settings.cors_origins)
         call = openai.decoded(_DRAIN, await self.body(request) or b"{}")
         made = self.frontend.drain(request.path_params["id"], call.timeout_s, call.force)
         return _json(await self._ask(made), 202)
@@ -272,6 +275,7 @@ class Api:
 def make_app(frontend: Frontend, text: Text, card: ModelCard, settings: Settings | None = None) -> Starlette:
     """The ASGI application."""
     settings = settings or Settings()
+    card = replace(card, created=card.created or int(time.time()))
     api = Api(frontend, text, card, settings, Metrics(card.name), format_of(text, settings.tool_parser))
     routes = [
         Route("/v1/completions", api.completions, methods=["POST"]),
@@ -294,6 +298,16 @@ def make_app(frontend: Frontend, text: Text, card: ModelCard, settings: Settings
     answer = partial(_answer_error, api.settings.retry_after_s)
     handlers: dict[Any, Any] = {DiptychError: answer, HTTPException: _answer_http, ClientDisconnect: _answer_nobody}
     around = [Middleware(Outermost)]
+    if settings.cors_origins:  # before the key is asked for: a browser's first question carries none
+        around.append(
+            Middleware(
+                CORSMiddleware,
+                allow_origins=settings.cors_origins,
+                allow_methods=["*"],
+                allow_headers=["*"],
+                expose_headers=["x-request-id"],
+            )
+        )
     if api.settings.api_key is not None:
         around.append(Middleware(Guard, key=api.settings.api_key))
     app = Starlette(routes=routes, middleware=around, exception_handlers=handlers)

@@ -43,7 +43,6 @@ from diptych.serve.wire import (
 
 log = logging.getLogger(__name__)
 
-STOP_S = 5  # open requests may go on for so long when we are told to stop
 REPORT_S = 3.0  # longer than the router gives its workers
 
 
@@ -79,6 +78,7 @@ class RouterFrontend:
     def __init__(self) -> None:
         self.lost = asyncio.Event()  # the router is gone for good
         self._drain_timeout_s = 0.0
+        self._ended = ""  # why no job is taken any more
         self._channel: Channel | None = None
         self._streams: dict[int, Inbox] = {}
         self._reports: dict[int, asyncio.Future[dict[str, Any]]] = {}
@@ -97,6 +97,8 @@ class RouterFrontend:
 
     def submit(self, job: Job) -> tuple[int, Inbox]:
         """Send a job off."""
+        if self._ended:
+            raise Unavailable(self._ended)
         channel = self._connected()
         request = next(self._numbers)
         stream = self._streams[request] = Inbox(job.label.name)
@@ -204,21 +206,25 @@ class RouterFrontend:
         """The router is gone: every stream ends with an error, none is left waiting."""
         log.error("the router is gone: %s", why)
         self._channel = None
-        for stream in self._streams.values():
-            stream.put(Chunk([], None, (503, "the router is gone; try again later")))
-        self._streams.clear()
+        self.end("the router is gone; try again later")
         self.lost.set()
+
+    def end(self, why: str) -> None:
+        """Every stream ends with an error, and no other begins."""
+        self._ended = why
+        for stream in self._streams.values():
+            stream.put(Chunk([], None, (503, why)))
+        self._streams.clear()
 
 
 async def serve(orders: process.Orders) -> None:
-    """Serve HTTP until told to stop; then open requests may finish for a few seconds."""
+    """Serve HTTP until told to stop; then open requests may finish for a moment."""
     cluster = orders.cluster
     frontend = RouterFrontend()
-    settings = Settings(api_key=cluster.api_key, tool_parser=cluster.tool_parser)
+    settings = Settings(api_key=cluster.api_key, tool_parser=cluster.tool_parser, cors_origins=cluster.cors_origins)
     app = make_app(frontend, Text.load(locate(cluster.folder)), cluster_card(cluster), settings)
     await frontend.connect(orders)
     server = make_server(app, cluster.host, cluster.port)
-    server.config.timeout_graceful_shutdown = STOP_S
     gc.collect()
     gc.freeze()  # what is loaded stays: no collection should walk it again
     listening = None if orders.fd is None else [socket.socket(fileno=orders.fd)]
@@ -229,8 +235,8 @@ async def serve(orders: process.Orders) -> None:
         await asyncio.wait({serving, lost}, return_when=asyncio.FIRST_COMPLETED)
     lost.cancel()
     living.cancel()
-    server.should_exit = True  # without a router there is nothing to serve: the supervisor is to notice
-    await serving
+    # Without a router there is nothing to serve either: the supervisor is to notice.
+    await server.stop(serving, lambda: frontend.end("the server is stopping"))
 
 
 def main() -> None:

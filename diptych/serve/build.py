@@ -96,20 +96,23 @@ def model_card(cluster: Cluster, layout: Layout, num_blocks: int) -> ModelCard:
     paced = cluster.engine == "paced"
     facts = None if paced else read_facts(cluster.folder)
     positions = facts.max_positions if facts else PACED_POSITIONS
+    own = "diptych-demo" if cluster.folder == str(DEMO) else Path(cluster.model).name or cluster.model
+    named = cluster.served_model_name
     return ModelCard(
-        name="diptych-demo" if cluster.folder == str(DEMO) else Path(cluster.model).name or cluster.model,
+        name=named or own,
         max_tokens=min(num_blocks * layout.block_size, positions),
         vocab_size=facts.vocab if facts else cluster.paced.vocab,
         block_size=layout.block_size,
         stop_ids=facts.eos_ids if facts else (),
         fingerprint=layout.model,
         layout=layout.fingerprint(),
-        aliases=(cluster.model,) if cluster.model != "demo" else (),
+        aliases=(cluster.model,) if cluster.model != "demo" and not named else (),
         task=facts.task if facts else "generate",
         pooling=facts.pooling if facts else "last",
         width=facts.hidden if facts else VECTOR_WIDTH,
         matryoshka=facts.matryoshka if facts else None,
         labels=facts.labels if facts else (),
+        scored=not paced,
         structured=bool(facts and facts.eos_ids) and find_spec("llguidance") is not None,
     )
 

@@ -37,7 +37,7 @@ class Order:
     The jobs of one prompt follow each other, `num_each` of them. `echoes`: the texts of the prompts, where the answers
     are to begin with them; `silent`: they are all that is wanted. `num_best`: so many of each prompt's answers are
     shown, those of the highest mean log-probability. `calls`: how calls are written, where they are to be found.
-    `traced`: the reply says where the time went.
+    `traced`: the reply says where the time went. `with_stop`: what ends a text is part of it.
     """
 
     chat: bool
@@ -58,6 +58,7 @@ class Order:
     num_best: int | None = None
     calls: Format | None = None
     traced: bool = False
+    with_stop: bool = False
 
 
 class Exchange:
@@ -67,10 +68,11 @@ class Exchange:
         self._order = order
         self._head = replies.head(order.chat, order.streamed, order.ident, order.created, order.model)
         self._frontend = frontend
+        self._metrics = metrics
         self._turns: list[Turn] = []
         for number, job in enumerate(order.jobs):
             form = order.calls
-            answer = Answer(text, job, order.stops, order.silent, form.markers if form else ())
+            answer = Answer(text, job, order.stops, order.silent, form.markers if form else (), order.with_stop)
             timer = Timer(metrics, order.arrived, len(job.tokens))
             leader = self._turns[number - number % order.num_each] if number % order.num_each else None
             showing = Showing(text, order.chat, job, order.with_token_ids, order.with_logprobs)
@@ -81,6 +83,8 @@ class Exchange:
             await while_connected(receive, self._run(_Wire(send, scope.get("send_more", send))))
         finally:
             scope["record"] = self._record()
+            if all(turn.answer.finish for turn in self._turns):
+                self._metrics.longest_answers.observe(max(turn.answer.num_tokens for turn in self._turns))
 
     async def _run(self, wire: "_Wire") -> None:
         try:
@@ -98,7 +102,7 @@ class Exchange:
         for index, number in enumerate(self._best()):
             turn, text = self._turns[number], self._echo(number) + texts[number]
             said = replies.message(turn.pieces(text)) if self._order.chat else {"text": text}
-            choices.append(replies.choice(said, index, turn.finish, turn.whole()))
+            choices.append(replies.choice(said, index, turn.finish, turn.whole(), turn.answer.stop_reason))
         ids = self._order.jobs[0].tokens if self._order.chat and self._order.with_token_ids else None
         trace = await self._trace()
         await wire.reply(replies.reply(self._head, choices, self._usage(), prompt_token_ids=ids, diptych=trace))
@@ -164,7 +168,7 @@ class Exchange:
             elif text or answer.taken:
                 data += frames.text(text, turn.showing.step(answer, used))
             if answer.finish is not None:
-                data += frames.last(turn.finish, replies.Detail(usage=used))
+                data += frames.last(turn.finish, replies.Detail(usage=used), answer.stop_reason)
             if data:
                 await wire.write(data)
 

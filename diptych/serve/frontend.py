@@ -33,6 +33,7 @@ class ModelCard:
     aliases: tuple[str, ...] = ()
     created: int = 0
     structured: bool = False  # the workers can hold an answer to a grammar
+    scored: bool = True  # they know log-probabilities
     task: Task = "generate"
     pooling: str = "last"  # how its embeddings are made where a request does not say; "" for a way that we do not have
     width: int = 0  # numbers in an embedding

@@ -4,12 +4,12 @@ Not responsible for what a body says (`openai.py`, `pooling.py`), nor for tokens
 """
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import TypeVar
 
 from starlette.requests import Request
 
-from diptych.errors import TooLarge, TooSlow
+from diptych.errors import Forbidden, TooLarge, TooSlow, UnsupportedType
 from diptych.serve.frontend import ModelCard
 from diptych.serve.openai import too_long
 from diptych.serve.text import Text
@@ -20,8 +20,33 @@ T = TypeVar("T")
 _LONG_TEXT = 8192
 
 
+TRACE = "x-diptych-trace"
+
+
+def wants_trace(request: Request) -> bool:
+    """Whether a reply is to say where its time went."""
+    return request.headers.get(TRACE, "0").lower() not in ("", "0", "false")
+
+
+def check_origin(request: Request, allowed: Collection[str]) -> None:
+    """Refuse what a web page of another origin asks; browsers say whose it is, and other clients say nothing."""
+    origin = request.headers.get("origin")
+    if origin is None or origin in allowed or "*" in allowed:
+        return
+    if origin.partition("://")[2] != request.headers.get("host"):
+        raise Forbidden("pages of other origins may not ask for this; see --cors-origin")
+
+
 async def read_body(request: Request, limit: int, timeout_s: float) -> bytes:
-    """The whole body; TooLarge over `limit` bytes, TooSlow after `timeout_s` seconds."""
+    """The whole body; TooLarge over `limit` bytes, TooSlow after `timeout_s` seconds.
+
+    UnsupportedType where it is said to be anything but JSON: what a web page can send to anywhere without asking first.
+    """
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind and kind != "application/json" and not (kind.startswith("application/") and kind.endswith("+json")):
+        raise UnsupportedType(
+            f"a body of the type '{kind[:64]}' is not read; send it as 'content-type: application/json'"
+        )
     if int(request.headers.get("content-length", "0")) > limit:
         raise TooLarge(f"the request body is over {limit} bytes")
     body = bytearray()

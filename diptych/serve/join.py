@@ -13,7 +13,6 @@ import socket
 import tempfile
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -21,11 +20,11 @@ import uvloop
 
 from diptych.config import Cluster, guest_of
 from diptych.errors import ConfigError, PeerLost, ProtocolError
-from diptych.journal import refuse_used
 from diptych.policy.messages import Role
 from diptych.serve.build import differences, facts_of
 from diptych.serve.channel import Channel, call, split_host
 from diptych.serve.process import Orders, settings_of, until_told
+from diptych.serve.runtime import check_host
 from diptych.serve.wire import Hello, Refuse, Terms
 from diptych.serve.worker_process import WorkerProcess, prepare
 
@@ -55,8 +54,7 @@ def join(
     cluster = guest_of(terms, name, role, flags or {})
     if why := differences(facts, facts_of(cluster, cluster.workers[0])):
         raise ConfigError(f"{name} cannot join: {why}")
-    if cluster.journal:
-        refuse_used(Path(cluster.journal))
+    check_host(cluster)
     os.environ.update(settings_of(cluster.workers[0].cores))
     with tempfile.TemporaryDirectory(prefix="diptych-") as runtime:
         # A name that others know this host by may be none that it can listen on itself.

@@ -40,7 +40,7 @@ _WAITS = (
     80.0,
 )
 _GAPS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.015, 0.025, 0.04, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0, 2.5, 10.0)
-_TOTALS = (0.01, 0.05, 0.1, 0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 60.0, 120.0, 300.0, 900.0)
+TOTALS = (0.01, 0.05, 0.1, 0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 60.0, 120.0, 300.0, 900.0)
 
 _LENGTHS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 20_000, 50_000, 100_000, 200_000)
 
@@ -58,7 +58,13 @@ class Metrics:
         self.tpot = Histogram(
             "diptych_time_per_output_token_seconds", "Mean gap of one finished request", buckets=_GAPS, registry=at
         )
-        self.e2e = Histogram("diptych_e2e_request_latency_seconds", "Arrival to end", buckets=_TOTALS, registry=at)
+        self.decode = Histogram(
+            "diptych_request_decode_time_seconds",
+            "First token to last of one finished request",
+            buckets=TOTALS,
+            registry=at,
+        )
+        self.e2e = Histogram("diptych_e2e_request_latency_seconds", "Arrival to end", buckets=TOTALS, registry=at)
         self.prompt_tokens = Counter(
             "diptych_prompt_tokens",
             "Prompt tokens of requests that began to answer, or were to write nothing",
@@ -73,6 +79,12 @@ class Metrics:
         self.answer_lengths = Histogram(
             "diptych_request_generation_tokens", "Tokens one finished request wrote", buckets=_LENGTHS, registry=at
         )
+        self.longest_answers = Histogram(
+            "diptych_request_max_num_generation_tokens",
+            "Tokens of the longest answer to one finished request",
+            buckets=_LENGTHS,
+            registry=at,
+        )
         self.running = Gauge("diptych_requests_running", "Requests submitted and not yet left", registry=at)
         for reason in ("stop", "length", "computed", "cancelled", "rejected", "failed"):
             self.requests.labels(reason)  # a series that is there from the start can be rated from the start
@@ -86,13 +98,16 @@ class Metrics:
         return {
             "time_to_first_token_seconds": self.ttft,
             "inter_token_latency_seconds": self.itl,
+            "time_per_output_token_seconds": self.itl,  # its older name
             "request_time_per_output_token_seconds": self.tpot,
+            "request_decode_time_seconds": self.decode,
             "e2e_request_latency_seconds": self.e2e,
             "prompt_tokens": self.prompt_tokens,
             "generation_tokens": self.generation_tokens,
             "request_success": self.requests,
             "request_prompt_tokens": self.prompt_lengths,
             "request_generation_tokens": self.answer_lengths,
+            "request_max_num_generation_tokens": self.longest_answers,
             "prefix_cache_queries": self.prompt_tokens,  # in tokens, as there
             "prefix_cache_hits": self.cached_tokens,
         }
@@ -160,6 +175,8 @@ class Timer:
         metrics.prompt_lengths.observe(self._num_prompt)
         metrics.answer_lengths.observe(self._num_tokens)
         metrics.e2e.observe(self._last - self._arrived)
+        if self._num_tokens:
+            metrics.decode.observe(self._last - self._first)
         if self._num_tokens > 1:
             metrics.tpot.observe((self._last - self._first) / (self._num_tokens - 1))
 

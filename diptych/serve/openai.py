@@ -1,13 +1,11 @@
 """The OpenAI dialect: what a request body may say, and the bytes of errors.
 
-Bodies are decoded and range-checked by msgspec in one pass over the bytes; fields unknown to us are ignored, but a
-known field that would change the answer and is not supported is refused rather than ignored. Not
+Bodies are decoded and range-checked by msgspec in one pass over the bytes; what else they have is for `fields.py`. Not
 responsible for replies (`replies.py`), HTTP, tokens or running anything (`api.py`, `exchange.py`).
 """
 
 import random
-import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Annotated, Any, TypeVar
 
 import msgspec
@@ -15,7 +13,10 @@ from msgspec import Meta
 
 from diptych.engine.executor import Sampling
 from diptych.errors import BadRequest, DiptychError, NotFound, Overloaded, TooLarge, Unavailable
+from diptych.serve import fields
+from diptych.serve.chat import check_turn
 from diptych.serve.frontend import ModelCard
+from diptych.wording import sentence
 
 Prompt = str | list[int]
 T = TypeVar("T")
@@ -46,6 +47,9 @@ class Call(msgspec.Struct, kw_only=True):
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    reasoning_effort: str | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     max_tokens: _Count | None = None
@@ -62,6 +66,8 @@ class Call(msgspec.Struct, kw_only=True):
     seed: Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)] | None = None
     stop: str | list[str] | None = None
     stop_token_ids: list[int] | None = None
+    include_stop_str_in_output: bool | None = None
+    allowed_token_ids: list[int] | None = None
     ignore_eos: bool | None = None
     priority: _Rank | None = None
     cache_salt: str | None = None
@@ -76,21 +82,13 @@ class Call(msgspec.Struct, kw_only=True):
     guided_json: str | dict[str, Any] | None = None
     guided_regex: str | None = None
     guided_choice: list[str] | None = None
+    guided_grammar: str | None = None
     return_token_ids: bool | None = None
     diptych_trace: bool | None = None
-    # Known and not supported; the only value let through is the one that changes nothing (see _NEUTRAL).
-    suffix: str | None = None
-    prompt_logprobs: int | None = None
 
-
-_NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "suffix": ("",),
-    "prompt_logprobs": (),
-}
 
 _CALL = msgspec.json.Decoder(Call)
 _encode = msgspec.json.encode
-_PARAM = re.compile(r"\$\.(\w+(?:\[\d+\])*)")
 
 
 def decoded(decoder: msgspec.json.Decoder[T], body: bytes) -> T:
@@ -98,8 +96,7 @@ def decoded(decoder: msgspec.json.Decoder[T], body: bytes) -> T:
     try:
         return decoder.decode(body)
     except msgspec.ValidationError as error:
-        where = _PARAM.search(str(error))
-        raise BadRequest(f"invalid request: {error}", where.group(1) if where else None) from error
+        raise BadRequest(*sentence(error)) from error
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise BadRequest(f"the request body is not valid JSON: {error}") from error
 
@@ -110,7 +107,8 @@ def parse(body: bytes, chat: bool) -> Call:
     needed = "messages" if chat else "prompt"
     if not getattr(call, needed):
         raise BadRequest(f"'{needed}' is required and must not be empty", needed)
-    _refuse_unsupported(call)
+    fields.check(body, Call)
+    check_turn(call)
     _check_stops(call)
     _check_logprobs(call, chat)
     _check_best_of(call, chat)
@@ -122,13 +120,6 @@ def parse(body: bytes, chat: bool) -> Call:
     if call.stream_options is not None and not call.stream:
         raise BadRequest("'stream_options' needs 'stream': true", "stream_options")
     return call
-
-
-def _refuse_unsupported(call: Call) -> None:
-    for name, neutral in _NEUTRAL.items():
-        value = getattr(call, name)
-        if value is not None and value is not False and value not in neutral:
-            raise BadRequest(f"'{name}': {_encode(value).decode()} is not supported", name, "unsupported_parameter")
 
 
 def _check_stops(call: Call) -> None:
@@ -208,10 +199,22 @@ def check_prompt(tokens: list[int], card: ModelCard, param: str = "prompt") -> N
 
 
 def check_ids(call: Call, card: ModelCard) -> None:
-    """Refuse `stop_token_ids` and `logit_bias` outside the vocabulary."""
-    for name, ids in (("stop_token_ids", call.stop_token_ids), ("logit_bias", call.logit_bias)):
+    """Refuse ids outside the vocabulary, and an empty list of those that are allowed."""
+    if call.allowed_token_ids == []:
+        raise BadRequest("'allowed_token_ids' is empty: no token could be written", "allowed_token_ids")
+    for name in ("stop_token_ids", "logit_bias", "allowed_token_ids"):
+        ids: Collection[int] | None = getattr(call, name)
         if ids and not 0 <= min(ids) <= max(ids) < card.vocab_size:
             raise BadRequest(f"token ids must be from 0 to {card.vocab_size - 1}", name)
+
+
+def check_scored(call: Call, card: ModelCard) -> None:
+    """Refuse log-probabilities, and answers that are ranked by them, where the workers only pretend to compute."""
+    ranked = call.best_of is not None and call.best_of > (call.n or 1)
+    if not card.scored and (ranked or num_logprobs(call) >= 0):
+        name = "best_of" if ranked else "logprobs"
+        what = f"'{name}' is not supported here: the paced engine has no log-probabilities"
+        raise BadRequest(what, name, "unsupported_parameter")
 
 
 def max_new(call: Call, num_prompt: int, card: ModelCard, chat: bool) -> int:
@@ -219,7 +222,7 @@ def max_new(call: Call, num_prompt: int, card: ModelCard, chat: bool) -> int:
     room = card.max_tokens - num_prompt
     asked = call.max_tokens if call.max_completion_tokens is None else call.max_completion_tokens
     field = "messages" if chat else "prompt"
-    if room < 1:
+    if room < (0 if writes_nothing(call) else 1):
         raise too_long(f"the prompt has {num_prompt} tokens", card, field)
     if asked is None:
         asked = room if chat else min(DEFAULT_COMPLETION_TOKENS, room)
@@ -263,6 +266,7 @@ def sampling(call: Call, stop_ids: tuple[int, ...]) -> Sampling:
         presence_penalty=call.presence_penalty or 0.0,
         frequency_penalty=call.frequency_penalty or 0.0,
         logit_bias=tuple(sorted((call.logit_bias or {}).items())),
+        allowed_ids=tuple(sorted(set(call.allowed_token_ids or ()))),
         logprobs=max(top, 0) if ranked else top,
         prompt_logprobs=top if call.echo else -1,
     )

@@ -83,14 +83,21 @@ def _reply(body: bytes, status: int) -> Response:
 def _log_line(scope: Scope, ident: bytes, status: int, seconds: float) -> None:
     if not log.isEnabledFor(logging.INFO):
         return
-    endpoint = getattr(scope.get("endpoint"), "__name__", "-")  # where a path is not one of ours, anything can be in it
-    route = scope["path"] if endpoint != "-" and not scope.get("path_params") else endpoint
-    said = {"request": ident.decode("latin-1"), "method": scope["method"], "route": route, "status": status}
+    said = {"request": ident.decode("latin-1"), "method": scope["method"], "route": _route(scope), "status": status}
     record: Record | None = scope.get("record")
     found = {} if record is None else {key: value for key, value in asdict(record).items() if value is not None}
     if "ttft_s" in found:
         found["ttft_s"] = round(found["ttft_s"], 4)
     log.info("request", extra={"fields": said | found | {"seconds": round(seconds, 4)}})
+
+
+def _route(scope: Scope) -> str:
+    """The path, as the application has it: "/requests/{id}". "-" where it is not one of ours: anything can be in it."""
+    endpoint = scope.get("endpoint")
+    if endpoint is None or not scope.get("path_params"):
+        return "-" if endpoint is None else str(scope["path"])
+    paths = (route.path for route in scope["app"].routes if getattr(route, "endpoint", None) == endpoint)
+    return next(paths, "-").replace(":path}", "}")
 
 
 def _too_many(headers: list[tuple[bytes, bytes]]) -> bool:

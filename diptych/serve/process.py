@@ -19,10 +19,11 @@ import msgspec
 import uvloop
 
 from diptych.config import Cluster
-from diptych.errors import DiptychError
+from diptych.errors import ConfigError, DiptychError
 from diptych.serve import logs
 from diptych.serve.liveness import PULSE_S
 
+WRONG = 3  # the exit status of a process that cannot be what it is told to be, until a flag or a file says otherwise
 _PR_SET_PDEATHSIG = 1
 
 log = logging.getLogger(__name__)
@@ -56,6 +57,11 @@ class Orders(msgspec.Struct, frozen=True):
         return Path(self.runtime, f"{self.name}.alive")
 
     @property
+    def stopping(self) -> Path:
+        """A file that is there once the whole cluster is to stop."""
+        return Path(self.runtime, "stopping")
+
+    @property
     def up(self) -> Path:
         """A file that a worker makes when it is up, for whoever started it."""
         return Path(self.runtime, f"{self.name}.{self.incarnation}.up")
@@ -81,7 +87,7 @@ def run(
         sys.exit(uvloop.run(until_told(main(orders), fragile)))
     except DiptychError as error:
         print(f"diptych {orders.name}: {error}", file=sys.stderr, flush=True)
-        os._exit(3)
+        os._exit(WRONG if isinstance(error, ConfigError) else 1)
 
 
 async def show_life(orders: Orders) -> None:

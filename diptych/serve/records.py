@@ -295,8 +295,12 @@ class Records:
     def accounted(self, worker: str, said: Account) -> None:
         """A worker says what it measured; also of requests that are over."""
         record = self._by_number.get(request_of(said.rid))
-        if record is not None:
-            record.account(worker, said)
+        if record is None:
+            return
+        known = record.attempts[0].prefilled if record.attempts else None
+        record.account(worker, said)
+        if known is None and record.attempts and (made := record.attempts[0].prefilled):
+            self.telemetry.prefilled(made.queue_s, made.prefill_s)
 
     def noted(self, note: Note) -> None:
         """An API process says how its client saw it."""

@@ -1,6 +1,6 @@
 """The bytes of OpenAI's replies and server-sent events. Not responsible for what they say (`exchange.py`), or errors.
 
-`return_token_ids` and `continuous_usage_stats` are vLLM's, and look as they do there.
+`return_token_ids`, `continuous_usage_stats` and `stop_reason` are vLLM's, and look as they do there.
 """
 
 import uuid
@@ -64,13 +64,16 @@ def _delta(piece: Piece) -> dict[str, Any]:
     return {"tool_calls": [{"index": piece.call, **known}]}
 
 
-def choice(said: dict[str, Any], index: int, finish: str, detail: Detail = PLAIN) -> dict[str, Any]:
+def choice(
+    said: dict[str, Any], index: int, finish: str, detail: Detail = PLAIN, stop_reason: str | int | None = None
+) -> dict[str, Any]:
     """One finished answer of a reply that is not streamed; `said`: its `message` or `text`."""
     chat = "message" in said
     ids: dict[str, Any] = {} if detail.token_ids is None else {"token_ids": detail.token_ids}
     if detail.prompt_ids is not None and not chat:  # a chat has one prompt, and says it once, beside the choices
         ids["prompt_token_ids"] = detail.prompt_ids
-    return {"index": index, **said, "logprobs": detail.logprobs, "finish_reason": finish, **ids}
+    ended = {"finish_reason": finish, "stop_reason": stop_reason}
+    return {"index": index, **said, "logprobs": detail.logprobs, **ended, **ids}
 
 
 def reply(head: dict[str, Any], choices: list[dict[str, Any]], used: dict[str, Any], **extra: Any) -> bytes:
@@ -117,10 +120,10 @@ class Frames:
         said = (b'"delta":' + _encode(_delta(piece)) for piece in pieces)
         return b"".join(self._event(part, b"null", PLAIN if at else detail) for at, part in enumerate(said))
 
-    def last(self, finish: str, detail: Detail = PLAIN) -> bytes:
+    def last(self, finish: str, detail: Detail = PLAIN, stop_reason: str | int | None = None) -> bytes:
         """The end of the answer."""
         said = b'"delta":{}' if self._chat else b'"text":""'
-        return self._event(said, b'"' + finish.encode() + b'"', detail)
+        return self._event(said, b'"' + finish.encode() + b'","stop_reason":' + _encode(stop_reason), detail)
 
     def _event(self, said: bytes, finish: bytes, detail: Detail) -> bytes:
         scored = b"null" if detail.logprobs is None else _encode(detail.logprobs)

@@ -16,9 +16,9 @@ from starlette.requests import Request
 from starlette.routing import Route
 
 from diptych.engine.executor import Pooling
-from diptych.serve import openai, pooling
-from diptych.serve.frontend import Frontend, ModelCard
-from diptych.serve.intake import aside
+from diptych.serve import fields, openai, pooling
+from diptych.serve.frontend import Frontend, Job, ModelCard
+from diptych.serve.intake import aside, wants_trace
 from diptych.serve.metrics import Metrics
 from diptych.serve.pooling import ClassifyCall, EmbeddingCall, RerankCall, ScoreCall
 from diptych.serve.text import Text
@@ -59,7 +59,7 @@ class Retrieval:
 
     async def embeddings(self, request: Request) -> Vectors:
         """`POST /v1/embeddings`."""
-        arrived = time.perf_counter()
+        arrived, ident = time.perf_counter(), f"embd-{uuid.uuid4().hex}"
         call, size = await self._read(request, _EMBEDDING)
         how = pooling.check_embeds(self.card, call.pooling, call.dimensions)
         encode = partial(pooling.encode, call.input, call.add_special_tokens is not False, self.text, self.card)
@@ -73,13 +73,13 @@ class Retrieval:
                 )
                 for i, v in enumerate(vectors)
             ]
-            return self._reply(pooling.Embeddings, "embd", call, data, prompts)
+            return self._reply(pooling.Embeddings, ident, call, data, prompts)
 
-        return await self._vectors(prompts, how, call, render, arrived)
+        return await self._vectors(prompts, how, call, self._sender(request, render, arrived, ident))
 
     async def score(self, request: Request) -> Vectors:
         """`POST /v1/score`."""
-        arrived = time.perf_counter()
+        arrived, ident = time.perf_counter(), f"score-{uuid.uuid4().hex}"
         call, size = await self._read(request, _SCORE)
         firsts, seconds, names = pooling.sides(call)
         compared = await aside(size, partial(pooling.compare, firsts, seconds, self.text, self.card, names))
@@ -87,13 +87,15 @@ class Retrieval:
         def render(vectors: list[Vector]) -> bytes:
             scores = compared.scores(vectors, call.use_activation is not False)
             data = [pooling.Score(i, score) for i, score in enumerate(scores)]
-            return self._reply(pooling.Scores, "score", call, data, compared.prompts)
+            return self._reply(pooling.Scores, ident, call, data, compared.prompts)
 
-        return await self._vectors(compared.prompts, compared.pooling, call, render, arrived)
+        return await self._vectors(
+            compared.prompts, compared.pooling, call, self._sender(request, render, arrived, ident)
+        )
 
     async def rerank(self, request: Request) -> Vectors:
         """`POST /v1/rerank`."""
-        arrived = time.perf_counter()
+        arrived, ident = time.perf_counter(), f"rerank-{uuid.uuid4().hex}"
         call, size = await self._read(request, _RERANK)
         pooling.refuse_cuts(max_tokens_per_doc=call.max_tokens_per_doc)
         texts = [given if isinstance(given, str) else given.text for given in call.documents]
@@ -106,14 +108,15 @@ class Retrieval:
             shown = call.return_documents is not False
             results = [pooling.Ranked(i, scores[i], pooling.Document(texts[i]) if shown else None) for i in best]
             name = call.model or self.card.name
-            ident = f"rerank-{uuid.uuid4().hex}"
             return msgspec.json.encode(pooling.Reranked(ident, name, results, pooling.usage(compared.prompts)))
 
-        return await self._vectors(compared.prompts, compared.pooling, call, render, arrived)
+        return await self._vectors(
+            compared.prompts, compared.pooling, call, self._sender(request, render, arrived, ident)
+        )
 
     async def classify(self, request: Request) -> Vectors:
         """`POST /v1/classify`."""
-        arrived = time.perf_counter()
+        arrived, ident = time.perf_counter(), f"classify-{uuid.uuid4().hex}"
         call, size = await self._read(request, _CLASSIFY)
         pooling.check_classifies(self.card)
         encode = partial(pooling.encode, call.input, call.add_special_tokens is not False, self.text, self.card)
@@ -125,9 +128,9 @@ class Retrieval:
             for i, vector in enumerate(vectors):
                 shown = vector if call.use_activation is False else pooling.probabilities(vector)
                 data.append(pooling.Class(i, labels[int(vector.argmax())], shown.tolist(), len(labels)))
-            return self._reply(pooling.Classes, "classify", call, data, prompts)
+            return self._reply(pooling.Classes, ident, call, data, prompts)
 
-        return await self._vectors(prompts, "labels", call, render, arrived)
+        return await self._vectors(prompts, "labels", call, self._sender(request, render, arrived, ident))
 
     async def _read(self, request: Request, decoder: msgspec.json.Decoder[C]) -> tuple[C, int]:
         """The checked body, and how long it is."""
@@ -135,16 +138,23 @@ class Retrieval:
         call = openai.decoded(decoder, body)
         openai.check_model(call.model, self.card)
         pooling.refuse_cuts(truncate_prompt_tokens=call.truncate_prompt_tokens)
+        fields.check(body, type(call))
         return call, len(body)
 
     async def _vectors(
-        self, prompts: list[list[int]], how: Pooling, call: C, render: Callable[[list[Vector]], bytes], arrived: float
+        self, prompts: list[list[int]], how: Pooling, call: C, made_of: Callable[[list[Job]], Vectors]
     ) -> Vectors:
         make = partial(pooling.jobs, prompts, how, call, self.card)
-        jobs = await aside(sum(map(len, prompts)), make)  # hashing takes its time too
-        return Vectors(jobs, render, self.frontend, self.metrics, arrived)
+        return made_of(await aside(sum(map(len, prompts)), make))  # hashing takes its time too
 
-    def _reply(self, kind: Any, prefix: str, call: C, data: list[Any], prompts: Sequence[Sequence[int]]) -> bytes:
+    def _sender(
+        self, request: Request, render: Callable[[list[Vector]], bytes], arrived: float, ident: str
+    ) -> Callable[[list[Job]], Vectors]:
+        """What makes a reply of jobs."""
+        traced = wants_trace(request)
+        return lambda jobs: Vectors(jobs, render, self.frontend, self.metrics, arrived, ident, traced)
+
+    def _reply(self, kind: Any, ident: str, call: C, data: list[Any], prompts: Sequence[Sequence[int]]) -> bytes:
         """The body of those replies that are OpenAI's lists."""
-        ident, name = f"{prefix}-{uuid.uuid4().hex}", call.model or self.card.name
+        name = call.model or self.card.name
         return msgspec.json.encode(kind(ident, int(time.time()), name, data, pooling.usage(prompts)))

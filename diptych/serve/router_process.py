@@ -71,6 +71,7 @@ class RouterProcess:
         self._clock = Clock()
         self._card = cluster_card(cluster)
         self._driver = RouterDriver(Router(cluster.router), self, self._clock, self._journal, self._card.vocab_size)
+        self._driver.records.telemetry.alias(self._card.name)
         self._facts = facts_of(cluster, (*cluster.workers, cluster.guest)[0])
         self._workers: dict[str, Joined] = {}
         self._liveness: Liveness[Channel] = Liveness(cluster.stuck_s)
@@ -279,7 +280,7 @@ class RouterProcess:
             raise ProtocolError("a Submit whose number or lengths are wrong")
         check_ids(unpack_ids(ticket.tokens), self._card.vocab_size)
         check_ids((token for token, _ in ticket.sampling.logit_bias), self._card.vocab_size)
-        check_ids(ticket.sampling.stop_ids, self._card.vocab_size)
+        check_ids((*ticket.sampling.stop_ids, *ticket.sampling.allowed_ids), self._card.vocab_size)
         ours = next(self._numbers)
         client.enter(message.request, ours)
         event = Submitted(ours, message.num_prompt, message.max_new, message.hashes, message.priority)

@@ -52,9 +52,9 @@ _LOOKS = {
 }
 _TRACE = {"name": "X-Diptych-Trace", "in": "header", "required": False, "schema": {"enum": ["0", "1"]}}
 _LIMIT = {"type": "integer", "minimum": 1, "maximum": MAX_SHOWN, "default": 20}
+_UNTRACED = ("/tokenize", "/detokenize", "/workers/{id}/drain")
 _BESIDE: dict[str, dict[str, Any]] = {
-    "/v1/chat/completions": _TRACE,
-    "/v1/completions": _TRACE,
+    **{path: _TRACE for path in _BODIES if path not in _UNTRACED},
     "/requests": {"name": "limit", "in": "query", "required": False, "schema": _LIMIT},
 }
 _REF = "#/components/schemas/{name}"

@@ -4,9 +4,12 @@ Whoever does not get to the end of a request's head, or sends too much of it, is
 limits (`reading.py`). Not responsible for what is served (`api.py`).
 """
 
+import asyncio
 import contextlib
+import logging
 import resource
 import socket
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import uvicorn
@@ -15,6 +18,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 MAX_HEAD_BYTES = 1 << 16  # of a request's line and headers
 HEAD_S = 10  # seconds in which they must be there; what is overdue goes at the second look
+FINISH_S = 1  # how long open requests may take when the server is to stop; what then ends them has a second more
 SPARE_FDS = 64  # descriptors kept for everything that is not a client
 
 
@@ -49,7 +53,24 @@ class Door(HttpToolsProtocol):
         super().on_headers_complete()
 
 
-def make_server(app: ASGIApp, host: str = "127.0.0.1", port: int = 0, fd: int | None = None) -> uvicorn.Server:
+class Server(uvicorn.Server):
+    """Stops when `should_exit` is set. Signals are for whoever runs it (`process.py`)."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Leave the handlers as they are."""
+        yield
+
+    async def stop(self, serving: "asyncio.Future[None]", end_requests: Callable[[], None]) -> None:
+        """Take nothing new; open requests may finish, and are then to be ended by `end_requests`. Not a word of it."""
+        self.should_exit = True
+        await asyncio.wait({serving}, timeout=FINISH_S)
+        end_requests()
+        logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)  # a client that does not read is cut off
+        await serving
+
+
+def make_server(app: ASGIApp, host: str = "127.0.0.1", port: int = 0, fd: int | None = None) -> Server:
     """A uvicorn server: uvloop, httptools, TCP_NODELAY (asyncio's default), and our own lines in the log."""
 
     async def sweep() -> None:
@@ -69,13 +90,13 @@ def make_server(app: ASGIApp, host: str = "127.0.0.1", port: int = 0, fd: int | 
         log_level="error",  # what a client did wrong is not worth a line of ours
         server_header=False,
         timeout_keep_alive=75,
-        timeout_graceful_shutdown=5,
+        timeout_graceful_shutdown=FINISH_S + 1,
         backlog=2048,
         limit_concurrency=max_connections(),
         callback_notify=sweep,
         timeout_notify=HEAD_S,
     )
-    server = uvicorn.Server(config)
+    server = Server(config)
     return server
 
 

@@ -7,15 +7,14 @@ whoever started it watches it.
 """
 
 import contextlib
+import errno
 import http.client
 import os
 import secrets
-import shutil
 import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -28,10 +27,10 @@ import msgspec
 
 from diptych.config import Cluster
 from diptych.errors import ConfigError, DiptychError
-from diptych.journal import refuse_used
 from diptych.serve.channel import join_host, split_host
 from diptych.serve.liveness import Liveness
-from diptych.serve.process import Orders, settings_of
+from diptych.serve.process import WRONG, Orders, settings_of
+from diptych.serve.runtime import Runtime, check_host
 
 START_S = 120.0  # how long a cluster may take to be ready (loading a large model)
 STOP_S = 8.0  # how long a process may take to stop before it is killed
@@ -70,11 +69,11 @@ class Supervisor:
         self._liveness: Liveness[str] = Liveness(self.cluster.stuck_s)
 
     def __enter__(self) -> "Supervisor":
-        if self.cluster.journal:
-            refuse_used(Path(self.cluster.journal))
+        check_host(self.cluster)
         self._sockets = {"api": _listen(self.cluster.host, self.cluster.port, "--port")}
         self.port: int = self._sockets["api"].getsockname()[1]
-        self.runtime = tempfile.mkdtemp(prefix="diptych-")
+        self._folder = Runtime()
+        self.runtime = self._folder.path
         self.key = self.cluster.cluster_key or secrets.token_hex(16)
         try:
             self._open_to_others()
@@ -138,6 +137,7 @@ class Supervisor:
     def stop(self) -> None:
         """Stop everything: the door first, then the workers, then the router."""
         with _undisturbed():
+            Path(self.runtime, "stopping").touch()  # workers say less of it
             by_order = {"api": 0, "router": 2}
             for order in (0, 1, 2):
                 group = [c for c in self.children if c.process and by_order.get(c.name, 1) == order]
@@ -151,7 +151,7 @@ class Supervisor:
                 _wait_all(group, began + STOP_S)
                 for child in group:
                     _kill(child)
-            shutil.rmtree(self.runtime, ignore_errors=True)
+            self._folder.close()
 
     def _start(self, child: Child) -> None:
         fds = (self._sockets[child.name].fileno(),) if child.name in self._sockets else ()
@@ -201,9 +201,11 @@ class Supervisor:
                 self.on_event(f"{child.name} was drained and has left")
                 child.process = None
                 continue
-            why = f"{child.name} ended with status {child.process.returncode}"
+            status = child.process.returncode
+            why = f"{child.name} {_how(status)}"
             if not restart or child.name in ("router", "api"):
-                raise DiptychError(f"{why}; what it printed says why")
+                kind = ConfigError if status == WRONG and not restart else DiptychError
+                raise kind(why if status < 0 else f"{why}; what it printed says why")
             self._plan_restart(child, now, why)
 
     def _check_life(self, now: float) -> None:
@@ -269,8 +271,17 @@ def _listen(host: str, port: int, flag: str) -> socket.socket:
         sock.bind((host, port))
         sock.listen(2048)
     except OSError as error:
-        raise ConfigError(f"cannot listen on {host}:{port}: {error.strerror}; choose another {flag}") from None
+        sock.close()
+        wrong = flag if flag == "--listen" or error.errno in (errno.EADDRINUSE, errno.EACCES) else "--host"
+        raise ConfigError(f"cannot listen on {host}:{port}: {error.strerror}; choose another {wrong}") from None
     return sock
+
+
+def _how(status: int) -> str:
+    """How a process ended, in words."""
+    if status >= 0:
+        return f"ended with status {status}"
+    return f"was killed by signal {-status}{' (out of memory?)' if status == -signal.SIGKILL else ''}"
 
 
 def _signal(child: Child, number: int) -> None:

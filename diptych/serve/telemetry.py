@@ -13,7 +13,9 @@ from typing import Any
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from diptych.serve.account import STALL_S, Received
+from diptych.serve.aliases import Aliases, Collects
 from diptych.serve.logs import about
+from diptych.serve.metrics import TOTALS
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +46,15 @@ class Telemetry:
         self.resume = Histogram(
             "diptych_resume_gap_seconds", "Last token before a failover to the next", buckets=_SECONDS, registry=at
         )
+        self.queue = Histogram(
+            "diptych_request_queue_time_seconds",
+            "Of a request, on its first worker: to the first step of its prompt",
+            buckets=TOTALS,
+            registry=at,
+        )
+        self.prefill = Histogram(
+            "diptych_request_prefill_time_seconds", "From there to its first token", buckets=TOTALS, registry=at
+        )
         self.failovers = Counter("diptych_failovers", "Attempts that went on elsewhere", ["reason"], registry=at)
         self.exposed = Counter(
             "diptych_exposed_transfers", "Handovers whose exposed part exceeded 50 ms, by cause", ["cause"], registry=at
@@ -67,6 +78,19 @@ class Telemetry:
     def expose(self) -> str:
         """The text of a scrape."""
         return generate_latest(self.registry).decode()
+
+    def alias(self, model: str) -> None:
+        """Show under vLLM's names too what has one."""
+        known: dict[str, Collects] = {
+            "request_queue_time_seconds": self.queue,
+            "request_prefill_time_seconds": self.prefill,
+        }
+        self.registry.register(Aliases(model, known, of_workers=False))
+
+    def prefilled(self, queue_s: float, prefill_s: float) -> None:
+        """A prompt is computed."""
+        self.queue.observe(queue_s)
+        self.prefill.observe(prefill_s)
 
     def failed_over(self, reason: str) -> None:
         """An attempt was given up, and another one placed."""

@@ -49,20 +49,41 @@ class ChatTemplate:
         messages: Sequence[Mapping[str, Any]],
         tools: list[dict[str, Any]] | None = None,
         extra: Mapping[str, Any] | None = None,
+        cue: bool = True,
+        go_on: bool = False,
     ) -> str:
-        """The prompt text. `extra` are further variables of the template (`chat_template_kwargs`)."""
+        """The prompt text. `extra` are further variables of the template (`chat_template_kwargs`).
+
+        cue: what the model's turn begins with comes last. go_on: the text ends within the last message, for the model
+        to go on with it, as transformers has it.
+        """
         template = self._with_tools if tools else self._template
+        said = [flatten(message, at) for at, message in enumerate(messages)]
         known = {
-            "messages": [flatten(message, at) for at, message in enumerate(messages)],
+            "messages": said,
             "tools": tools or None,
             "documents": None,
-            "add_generation_prompt": True,
+            "add_generation_prompt": cue and not go_on,
         }
+        if go_on:
+            said[-1]["content"] += _HERE
         try:
-            return template.render({**self._specials, **(extra or {}), **known})
+            text = template.render({**self._specials, **(extra or {}), **known})
         except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError) as error:
             # The template is trusted to suit its model, so what it chokes on is what the client sent.
             raise BadRequest(f"the model's chat template refuses these messages: {error}", "messages") from error
+        return _up_to_here(text) if go_on else text
+
+
+_HERE = "CONTINUE_FINAL_MESSAGE_TAG "  # transformers' own: the blank shows whether a template keeps blanks at the end
+
+
+def _up_to_here(text: str) -> str:
+    before, tag, after = text.rpartition(_HERE.strip())
+    if not tag:
+        what = "the model's chat template does not show the last message, so it cannot be continued"
+        raise BadRequest(what, "continue_final_message")
+    return before if after.startswith(" ") else before.rstrip()
 
 
 def flatten(message: Mapping[str, Any], at: int) -> dict[str, Any]:

@@ -69,12 +69,21 @@ class Text:
         return ids
 
     def encode_chat(
-        self, messages: Sequence[Message], tools: list[Message] | None = None, extra: dict[str, Any] | None = None
+        self,
+        messages: Sequence[Message],
+        tools: list[Message] | None = None,
+        extra: dict[str, Any] | None = None,
+        special: bool = False,
+        **ending: bool,
     ) -> list[int]:
-        """Token ids of a conversation, up to and including the cue for the assistant's turn."""
+        """Token ids of a conversation, up to and including the cue for the assistant's turn.
+
+        special: with the tokens that the tokenizer puts around a text; templates write their own. `ending`: how it ends
+        otherwise, as `ChatTemplate.render` has it.
+        """
         if self.chat is None:
             raise BadRequest("this model has no chat template; use /v1/completions", "messages")
-        return self.encode(self.chat.render(messages, tools, extra), add_special=False)
+        return self.encode(self.chat.render(messages, tools, extra, **ending), add_special=special)
 
     def id_of(self, token: str) -> int | None:
         """The id of a token by name, if it is one."""

@@ -5,6 +5,8 @@ from typing import Any
 import msgspec
 
 from diptych.errors import BadRequest
+from diptych.serve import fields
+from diptych.serve.chat import check_turn, encode_chat
 from diptych.serve.frontend import ModelCard
 from diptych.serve.openai import check_model, check_prompt, decoded
 from diptych.serve.text import Text
@@ -18,6 +20,9 @@ class TokenizeCall(msgspec.Struct, kw_only=True):
     messages: list[dict[str, Any]] | None = None
     tools: list[dict[str, Any]] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    reasoning_effort: str | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
     add_special_tokens: bool | None = None
     return_token_strs: bool | None = None
 
@@ -51,13 +56,15 @@ _DETOKENIZE = msgspec.json.Decoder(DetokenizeCall)
 def tokenize(body: bytes, text: Text, card: ModelCard) -> Tokenized:
     """The token ids of a text or a chat; raises `BadRequest`."""
     call = decoded(_TOKENIZE, body)
+    fields.check(body, TokenizeCall)
+    check_turn(call)
     check_model(call.model, card)
     if (call.prompt is None) == (call.messages is None):
         raise BadRequest("give either 'prompt' or 'messages'", "prompt")
     if call.messages is None:
         ids = text.encode(call.prompt or "", call.add_special_tokens is not False)
     else:
-        ids = text.encode_chat(call.messages, call.tools, call.chat_template_kwargs)
+        ids = encode_chat(call, call.tools, text)
     names = [text.tokenizer.id_to_token(i) or "" for i in ids] if call.return_token_strs else None
     return Tokenized(len(ids), card.max_tokens, ids, names)
 

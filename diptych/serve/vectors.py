@@ -5,9 +5,12 @@ time that the cluster is busy and others still get in. Not responsible for what 
 """
 
 import asyncio
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 from starlette.responses import Response
@@ -28,6 +31,7 @@ class Vectors:
     """The ASGI response to a checked request. `render` makes the body of its vectors, in the jobs' order.
 
     It starts nothing before it is called. The first job that fails ends the others, and its error is the reply.
+    `ident`: the id of the reply, by which its jobs are found later. traced: the reply says where the time went.
     """
 
     def __init__(
@@ -37,7 +41,11 @@ class Vectors:
         frontend: Frontend,
         metrics: Metrics,
         arrived: float,
+        ident: str = "",
+        traced: bool = False,
     ):
+        self._ident = ident
+        self._traced = traced
         self._jobs = jobs
         self._render = render
         self._frontend = frontend
@@ -48,11 +56,19 @@ class Vectors:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def run() -> None:
             caller = scope.get("request_id", "")
-            jobs = [replace(job, label=Label(caller=caller, index=i)) for i, job in enumerate(self._jobs)]
+            jobs = [replace(job, label=Label(self._ident, caller, i)) for i, job in enumerate(self._jobs)]
             vectors = await all_of([self._one(job) for job in jobs])
-            await Response(self._render(vectors), media_type="application/json")(scope, receive, send)
+            body = self._render(vectors)
+            if self._traced:
+                body = body[:-1] + b',"diptych":' + msgspec.json.encode({"trace": await self._trace()}) + b"}"
+            await Response(body, media_type="application/json")(scope, receive, send)
 
         await while_connected(receive, run())
+
+    async def _trace(self) -> list[dict[str, Any]]:
+        with contextlib.suppress(DiptychError):  # the reply is whole, whether or not the router still says how it went
+            return await self._frontend.records(self._ident)
+        return []
 
     async def _one(self, job: Job) -> Vector:
         async with self._gate:

@@ -151,11 +151,13 @@ class WorkerProcess:
     def _stop(self) -> None:
         """Told to stop: first finish what is here, as if an operator had drained us; told again: leave at once."""
         if self._asked_to_stop:
-            self._end(1, "left at once; what it had goes on elsewhere")
+            stopping = self._orders.stopping.exists()
+            self._end(1, "stopped" if stopping else "left at once; what it had goes on elsewhere")
             return
         self._asked_to_stop = True
         timeout_s = self._orders.cluster.drain_timeout_s
-        self._on_event(f"draining for at most {timeout_s:g} s; once more, and it leaves at once")
+        if not self._orders.stopping.exists():  # a supervisor that stops everything does not wait for that
+            self._on_event(f"draining for at most {timeout_s:g} s; once more, and it leaves at once")
         self._router.say(Drain(self._name, timeout_s))
 
     async def _live(self) -> None:

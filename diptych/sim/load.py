@@ -62,10 +62,10 @@ class Load:
             scaled = f"times x {self.time_scale:g}, lengths x {self.length_scale:g}"
             return f"{self.trace.name}, {scaled}" + (f", prompts up to {self.max_prompt}" if self.max_prompt else "")
         bursts = "" if self.burstiness == 1 else f" (burstiness {self.burstiness:g})"
-        chats = f"{self.rate:g} chats/s{bursts}, prompt {self.prompt}, answer {self.output} tokens"
+        asked = f"{self.rate:g} requests/s{bursts}, prompt {self.prompt}, answer {self.output} tokens"
         if not self.long_every_s:
-            return chats
-        return f"{chats}; a prompt of {self.long_prompt} every {self.long_every_s:g} s, answer {self.long_output}"
+            return asked
+        return f"{asked}; a prompt of {self.long_prompt} every {self.long_every_s:g} s, answer {self.long_output}"
 
     def _endless(self, block_size: int) -> Iterator[Arrival]:
         if self.trace is not None:

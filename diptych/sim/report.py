@@ -7,6 +7,7 @@ What writes nothing (an embedding) has an end instead of tokens: it counts in qu
 Not responsible for running anything (`run.py`).
 """
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -65,7 +66,8 @@ class Report:
     duration_s: float
     request_rate: float
     token_rate: float
-    goodput: float
+    goodput: float | None  # None: nobody said what counts as good
+    whys: dict[str, int]  # of requests that did not finish: what the router said, and how often
     kv_bytes: int
     busy: dict[str, float]
     num_preempted: int
@@ -151,7 +153,8 @@ def summarize(result: SimResult, slo: Objective | None = None) -> Report:
         duration_s=result.duration_s,
         request_rate=len(done) / span,
         token_rate=num_tokens / span,
-        goodput=num_good / span,
+        goodput=None if slo is None else num_good / span,
+        whys=dict(Counter(f"{stream.status}: {stream.why}" for stream in result.streams if stream.why)),
         kv_bytes=result.kv_bytes,
         busy={machine.name: machine.busy_s / span for machine in result.machines},
         num_preempted=sum(machine.num_preempted for machine in result.machines),
@@ -180,7 +183,9 @@ def render(report: Report, console: Console | None = None) -> None:
     for measure, q in report.measures.items():
         table.add_row(measure, *(f"{1e3 * v:.1f}" for v in (q.p50, q.p90, q.p99, q.worst)), str(q.num))
     ended = ", ".join(f"{count} {what}" for what, count in report.counts.items() if count)
-    rates = f"{report.request_rate:.2f} requests/s, {report.token_rate:.1f} tokens/s, goodput {report.goodput:.2f}/s"
+    rates = f"{report.request_rate:.2f} requests/s, {report.token_rate:.1f} tokens/s"
+    rates += "" if report.goodput is None else f", goodput {report.goodput:.2f}/s"
+    whys = [f"  {times} x {why}" for why, times in report.whys.items()]
     moved = f"{report.kv_bytes / 1e9:.2f} GB of KV moved, {report.num_preempted} preemptions"
     busy = "busy: " + ", ".join(f"{name} {share:.0%}" for name, share in report.busy.items())
-    (console or Console()).print(Group(table, ended, f"{rates} over {report.duration_s:.1f} s", moved, busy))
+    (console or Console()).print(Group(table, ended, *whys, f"{rates} over {report.duration_s:.1f} s", moved, busy))
