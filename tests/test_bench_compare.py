@@ -27,6 +27,7 @@ def test_every_mode_has_the_same_workers_on_the_same_cores() -> None:
 def test_the_modes_are_what_they_are_called() -> None:
     arguments = called("--chunk", "128", "--workers", "3")
     unified, chunked, disaggregated, budgeted = (cluster_of(mode, arguments).workers for mode in MODES)
+    assert {cluster_of(mode, arguments).log_level for mode in MODES} == {"warning"}, "their lines are not the figures"
     assert {(w.role, w.chunk) for w in unified} == {(Role.MIXED, None)}
     assert {(w.role, w.chunk) for w in chunked} == {(Role.MIXED, 128)}
     assert [w.role for w in disaggregated] == [Role.PREFILL, Role.DECODE, Role.DECODE]

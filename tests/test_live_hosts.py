@@ -41,7 +41,8 @@ role = "prefill"
 """
 CALL = """
 import sys, urllib.request as u
-print(u.urlopen(u.Request(sys.argv[1], sys.argv[2].encode() or None), timeout=10).read().decode())
+kind = {"content-type": "application/json"}
+print(u.urlopen(u.Request(sys.argv[1], sys.argv[2].encode() or None, kind), timeout=10).read().decode())
 """
 LOAD = Path(__file__).with_name("load_from_a_host.py")
 

@@ -177,6 +177,31 @@ def test_an_answer_keeps_to_its_grammar(client: openai.OpenAI) -> None:
         assert reply.choices[0].finish_reason == "stop"
 
 
+def test_fields_of_vllm_are_heeded(client: openai.OpenAI) -> None:
+    """On both sides of a handover: which tokens there may be, where a chat goes on, and what ends a text."""
+    text = Text.load(Path(DEMO))
+    only = text.encode(" the fox dog")
+    extra: Any = {"allowed_token_ids": only, "return_token_ids": True}
+    one = client.completions.create(model="diptych-demo", prompt="The", max_tokens=8, extra_body=extra).choices[0]
+    assert set(one.token_ids) <= set(only) and len(one.token_ids) == 8  # type: ignore[attr-defined]
+    told: list[Any] = [{"role": "user", "content": "Tell me a story about a fox."}]
+    body: Any = {"model": "diptych-demo", "temperature": 0, "max_tokens": 12}
+    whole = client.chat.completions.create(**body, messages=told).choices[0].message.content
+    assert whole is not None
+    said = " ".join(whole.split()[:4])
+    again = client.chat.completions.create(
+        **body, messages=[*told, {"role": "assistant", "content": said}], extra_body={"continue_final_message": True}
+    )
+    assert whole.startswith(said) and (said + (again.choices[0].message.content or "")).startswith(whole)
+    word = whole.split()[3]
+    for kept in (True, False):
+        stopped = client.chat.completions.create(
+            **body, messages=told, stop=word, extra_body={"include_stop_str_in_output": kept}
+        ).choices[0]
+        assert (stopped.message.content or "").endswith(word) == kept
+        assert stopped.stop_reason == word  # type: ignore[attr-defined]
+
+
 def test_live_tokens_equal_generate(cluster: Supervisor) -> None:
     """Invariant 8 through real processes: eight concurrent requests of 1 to 700 prompt tokens, 64 new ones each."""
     reference = Reference(DEMO)
