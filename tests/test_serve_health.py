@@ -18,6 +18,8 @@ def test_nothing_was_asked() -> None:
     workers.now = 1000.0
     assert report(workers)["healthy"] and report(workers)["silent"] == []
     workers.driver.worker_lost("d0")
+    assert report(workers)["healthy"] and report(workers)["paths"] == 0, "p0 stands in"
+    workers.driver.worker_lost("p0")
     assert not report(workers)["healthy"]
 
 

@@ -127,8 +127,8 @@ class Router:
     def _place(self, now: float, request: RequestView, num_tokens: int) -> None:
         """Choose a mixed worker or a pair, and tell them. What writes nothing needs only one that computes prompts."""
         wanted = request.submitted
-        need = wanted.num_prompt + wanted.max_new
         writes = wanted.max_new > 0
+        need = wanted.num_prompt + wanted.max_new - writes  # the last token's KV is never written
         choose = self.placement
         alone = choose.pick(request, choose.able((Role.MIXED,) if writes else (Role.MIXED, Role.PREFILL), need))
         request.ranked = []
@@ -149,7 +149,10 @@ class Router:
         elif self.num_paths():
             status = 503 if request.attempt else 400  # it did fit once: what is left of the cluster is too small
             self._reject(
-                now, request, status, f"{need} tokens (prompt and answer) do not fit into any worker's KV memory"
+                now,
+                request,
+                status,
+                f"{need + writes} tokens (prompt and answer) do not fit into any worker's KV memory",
             )
         else:
             self._reject(now, request, 503, "no worker is up; try again later")
