@@ -22,7 +22,7 @@ from diptych.transfer.seam import Codec, Wish
 STAGING_BYTES = 8 << 20  # raw bytes of what is encoded at once
 MIN_BYTES = 64 << 10  # of KV; less is not worth a thought, nor fit to be measured
 _WEIGHT = 0.25  # of the newest measurement
-_GAIN = 0.02  # of the time that raw takes: for less, what is exact is not given up
+_GAIN = 0.05  # of the time that raw takes: for less, what is exact is not given up
 _CAUTION = 2.0  # mean deviations that encoding and decoding may take longer than they do on average
 _PROBES = 3  # int8 reads before the codec's speed is believed
 _PROBE_EVERY = 256  # reads, after that: what was slow on a busy machine need not stay so
