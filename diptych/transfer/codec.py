@@ -26,6 +26,7 @@ _GAIN = 0.05  # of the time that raw takes: for less, what is exact is not given
 _CAUTION = 2.0  # mean deviations that encoding and decoding may take longer than they do on average
 _PROBES = 3  # int8 reads before the codec's speed is believed
 _PROBE_EVERY = 256  # reads, after that: what was slow on a busy machine need not stay so
+_DOUBT_EVERY = 16  # where it is the caution that speaks against it
 
 
 def rows_of(layout: Layout) -> Rows | None:
@@ -90,13 +91,15 @@ class Chooser:
         self._num_asked += 1
         if not self.link_bytes_per_s:
             return Choice("raw", "the link is not measured yet")
-        if self.num_probes < _PROBES or self._num_asked % _PROBE_EVERY == 0:
-            return Choice("int8", "to measure the codec")
+        raw_s = num_bytes / self.link_bytes_per_s
         saved_s = self.saved_bytes(num_bytes) / self.link_bytes_per_s
+        doubt = saved_s - num_bytes * self.codec_s_per_byte > _GAIN * raw_s  # on average it would pay
+        if self.num_probes < _PROBES or self._num_asked % (_DOUBT_EVERY if doubt else _PROBE_EVERY) == 0:
+            return Choice("int8", "to measure the codec")
         spent_s = num_bytes * (self.codec_s_per_byte + _CAUTION * self.codec_spread)
         rate = f"{self.link_bytes_per_s / 1e9:.3g} GB/s"
         said = f"saves {saved_s * 1e3:.3g} ms at {rate}, costs up to {spent_s * 1e3:.3g} ms"
-        return Choice("int8" if saved_s - spent_s > _GAIN * num_bytes / self.link_bytes_per_s else "raw", said)
+        return Choice("int8" if saved_s - spent_s > _GAIN * raw_s else "raw", said)
 
     def saved_bytes(self, num_bytes: int) -> float:
         """Bytes that need not travel where so many do as int8."""
