@@ -321,7 +321,7 @@ class Requests:
             with contextlib.suppress(ConnectionResetError):  # what it was asked is not all read
                 while part := theirs.recv(1 << 16):
                     said += part
-            assert b"\x5a" * 8 not in said and b"\x7f" * 8 not in said  # as it is, and as int8
+            assert b"\x5a" * 16 not in said and b"\x7f" * 16 not in said  # as it is, as int8; a number is echoed
         head = rng.choice((frames.encode_reply(1, 2, 3), frames.encode_refusal(1, 2)))
         with contextlib.suppress(ProtocolError):
             frames.check_reply(damaged(rng, head), 1, 2, 3)
