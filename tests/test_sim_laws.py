@@ -37,14 +37,14 @@ def picker(data: st.DataObject) -> Pick:
 # --- conservation, fences, idleness ----------------------------------------------------------------------------------
 
 
-@settings(max_examples=1000, deadline=None, suppress_health_check=SLOW)
+@settings(max_examples=600, deadline=None, suppress_health_check=SLOW)
 @given(st.data())
 def test_laws_hold_whatever_goes_wrong(data: st.DataObject) -> None:
     """Requests and blocks are conserved, KV is whole where it is used, nobody idles, everything ends."""
     run_world(draw_world(picker(data)))
 
 
-@settings(max_examples=800, deadline=None, suppress_health_check=SLOW)
+@settings(max_examples=500, deadline=None, suppress_health_check=SLOW)
 @given(st.data())
 def test_laws_hold_under_pressure_and_nothing_fails(data: st.DataObject) -> None:
     """The same where nothing dies: no request that was taken may fail."""
