@@ -536,3 +536,12 @@ def test_a_strangers_revoke_does_not_take_what_the_source_said_too_early() -> No
     stage.hears(Revoke("evil", 9))
     orders = stage.hears(Place("d", 9, Role.DECODE, "p", 8, 8, 4, (), 0, 1))
     assert [order.rid for order in orders if isinstance(order, Pull)] == [9]
+
+
+def test_everybody_who_spoke_too_early_hears_that_nobody_reads() -> None:
+    """So the driver, which goes by that word, forgets what came with it from each of them."""
+    stage = decode_stage()
+    stage.hears(replace(READY, rid=9))
+    stage.hears(replace(READY, rid=9, peer="evil"))
+    stage.now += 1000.0
+    assert [order for order in stage.hears(Tick()) if isinstance(order, Drop)] == [Drop("p", 9), Drop("evil", 9)]

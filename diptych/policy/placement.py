@@ -39,6 +39,7 @@ class Placement:
         return [view for view in able if view.name not in self.drains] if self.drains else able
 
     def pick(self, request: RequestView, able: list[WorkerView]) -> WorkerView | None:
+        """The best of these by the chosen policy."""
         return min(able, key=lambda view: SCORES[self.spec.policy](view, request), default=None)
 
     def pair(self, request: RequestView, num_tokens: int, need: int) -> Pair | None:

@@ -123,8 +123,8 @@ class Sink:
 
     def _decline_oldest(self) -> list[WorkerOrder]:
         rid = self._early_until.popleft()[1]
-        unclaimed = self._early.pop(rid, [])
-        return [Drop(unclaimed[0].peer, rid)] if unclaimed else []
+        peers = dict.fromkeys(event.peer for event in self._early.pop(rid, []))
+        return [Drop(peer, rid) for peer in peers]
 
     def published(self, event: Publish) -> Incoming | None:
         """More of a sequence is ready."""
